@@ -1,0 +1,5 @@
+"""`python -m finespun` is `finespun`."""
+
+from finespun.cli import main
+
+main()

@@ -1,0 +1,60 @@
+"""The command line: each command parses, calls the library and prints. Heavy imports happen inside the commands."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from cyclopts import App, CycloptsError, Parameter, UnknownOptionError
+from pydantic import ValidationError
+
+from finespun.errors import FinespunError, TrainingInterrupted
+from finespun.recipe import explain, known_keys, nearest
+
+INTERRUPTED = 130
+"""Exit code of a run that was asked to stop, as shells give it for Ctrl-C."""
+
+app = App(
+    name="finespun",
+    help="Turn a pretrained language model and your own texts into a model that writes what you need.",
+    help_format="plaintext",
+    version_flags=["--version"],
+    default_parameter=Parameter(negative=()),
+)
+# named, not imported: what a command needs is loaded when it is called
+app.command("finespun.cli.train:train", help="Fine-tune a model on texts.")
+app.command("finespun.cli.generate:generate", help="Write with a model.")
+app.command("finespun.cli.models:models", help="List the known models and which of them are on this machine.")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs a command. A person's mistake is one message on stderr and exit code 2; a bug of ours keeps its traceback."""
+    tokens = [_spelled_out(token) for token in (sys.argv[1:] if arguments is None else arguments)]
+    try:
+        app(tokens, exit_on_error=False, print_error=False)
+    except TrainingInterrupted as stop:
+        print(stop, file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    except (FinespunError, CycloptsError) as error:
+        print(f"finespun: {_message(error)}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:
+        sys.exit(0)  # whoever read our output has read enough
+
+
+def _spelled_out(token: str) -> str:
+    """`--data FILE` is short for `--data.source FILE`."""
+    return "--data.source" + token[len("--data") :] if token == "--data" or token.startswith("--data=") else token
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error.__cause__, ValidationError):
+        return explain(error.__cause__)
+    if isinstance(error, UnknownOptionError):
+        word = error.token.keyword or error.token.value
+        guess = nearest(word.lstrip("-").replace("-", "_"), known_keys())
+        return f"unknown option {word}" + (f"; did you mean --{guess.replace('_', '-')}?" if guess else ".")
+    return str(error)

@@ -1,0 +1,78 @@
+"""`finespun generate`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
+
+from finespun.errors import DataError
+from finespun.generation.settings import Sampling
+
+if TYPE_CHECKING:
+    from finespun.text_model import Prompt
+
+
+def generate(
+    model: str,
+    prompts: list[str] | None = None,
+    /,
+    *,
+    prompts_file: Path | None = None,
+    samples: int = 1,
+    sampling: Annotated[Sampling | None, Parameter(name="*")] = None,
+) -> None:
+    """Write with a model: on a terminal as it is written, else as one JSON object a text.
+
+    For example: finespun generate runs/stories "The lighthouse" --temperature 0.8 --samples 3
+
+    Parameters
+    ----------
+    model
+        A run folder, a model or adapter folder, a .gguf file, a known name or a hub id.
+    prompts
+        What to continue or to answer; read from standard input if there are none.
+    prompts_file
+        More of them: a .txt file with one a line, or a .jsonl file with `prompt` or `messages`.
+    samples
+        Texts for each prompt.
+    """
+    asked: list[Prompt] = [*(prompts or []), *(_read_prompts(prompts_file) if prompts_file else [])]
+    if not asked:
+        if sys.stdin.isatty():
+            raise DataError("There is no prompt: give one in quotes, or --prompts-file FILE.")
+        asked = [sys.stdin.read().rstrip("\n")]
+    settings: dict[str, Any] = sampling.model_dump(exclude_unset=True) if sampling else {}
+
+    from finespun.text_model import TextModel
+
+    writer = TextModel.load(model)
+    terminal = sys.stdout.isatty()
+    if terminal and len(asked) * samples == 1:
+        writer.complete(asked, on_text=lambda prompt, sample, text: print(text, end="", flush=True), **settings)
+        print()
+        return
+    for prompt, completions in zip(asked, writer.complete(asked, samples, **settings), strict=True):
+        for number, completion in enumerate(completions, 1):
+            if terminal:
+                words = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+                print(f"--- {words}" + (f" ({number})" if samples > 1 else "") + f"\n{completion.text}\n")
+            else:
+                print(json.dumps({"prompt": prompt, **asdict(completion)}, ensure_ascii=False))
+
+
+def _read_prompts(path: Path) -> list[Prompt]:
+    from finespun.data.sources import read_file
+
+    rows, _ = read_file(path, "lines")
+    found: list[Prompt] = []
+    for row in rows:
+        prompt = next((row.columns[key] for key in ("prompt", "messages", "text") if key in row.columns), None)
+        if prompt is None:
+            raise DataError(f"{row.origin}: has neither `prompt` nor `messages`; it has {', '.join(map(repr, row.columns))}.")
+        found.append(prompt)
+    return found

@@ -1,0 +1,87 @@
+"""Files that are there whole or not at all: written under a temporary name, flushed to disk, renamed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from finespun.errors import RunError
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces `path` by a file with `text` (UTF-8). Raises `RunError` where the disk does not take it."""
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        with temporary.open("w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise RunError(_explain(path, error)) from error
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder to fill, which becomes `path` (replacing a folder there) when the block ends well, and
+    vanishes when it does not. Raises `RunError` where the disk does not take it."""
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                _sync(file)
+        _sync_folder(temporary)
+        if path.exists():
+            old = path.with_name(f".{path.name}.old-{os.getpid()}")
+            path.rename(old)
+            temporary.rename(path)
+            shutil.rmtree(old)
+        else:
+            temporary.rename(path)
+        _sync_folder(path.parent)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
+            raise RunError(_explain(path, error)) from error
+        raise
+
+
+def append_line(path: Path, line: str) -> None:
+    """Adds one line to `path` and flushes it to the system, so that a killed process loses at most its last line."""
+    try:
+        with path.open("a", encoding="utf-8", newline="\n") as file:
+            file.write(line + "\n")
+    except OSError as error:
+        raise RunError(_explain(path, error)) from error
+
+
+def _explain(path: Path, error: Exception) -> str:
+    reason = getattr(error, "strerror", None) or str(error)
+    free = ""
+    with contextlib.suppress(OSError):
+        parent = next(folder for folder in path.absolute().parents if folder.is_dir())
+        free = f" ({shutil.disk_usage(parent).free / 1e9:.1f} GB are free there)"
+    return f"{path}: could not be written: {reason}{free}. What was saved before is still valid; make room and go on."
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    # Only POSIX can flush a folder's own entry; elsewhere the rename has to do.
+    with contextlib.suppress(OSError):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,273 @@
+"""A run from its recipe to its report. Everything that can be known before the first step is checked before anything
+is written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from finespun.data.prepare import Items, Texts, Tokens, encode_texts, prompt_of, read_texts
+from finespun.data.templates import Encoder, TokenizedExample, resolve_prompt_format
+from finespun.errors import RunError, TrainingInterrupted
+from finespun.evaluation.perplexity import perplexity, perplexity_ratio
+from finespun.files import write_text
+from finespun.generation.engine import generate
+from finespun.generation.settings import Sampling
+from finespun.models.adapters import add_lora, merge
+from finespun.models.catalog import file_sha256, locate, weights_sha256
+from finespun.models.load import LoadedModel, faster_precision, load_model, save_model
+from finespun.recipe import Recipe
+from finespun.report import write_report
+from finespun.runs import RunFolder, default_out, environment
+from finespun.training.checkpoint import Checkpoint, newest_checkpoint
+from finespun.training.loop import ResolvedTraining, example_losses, train
+from finespun.training.objectives.causal_lm import CausalLM
+from finespun.training.progress import Reporter
+from finespun.training.schedule import settle
+
+Sample = dict[str, Any]
+
+
+@dataclass
+class FinishedRun:
+    """A run's folder and its model, as it was trained, in memory."""
+
+    folder: RunFolder
+    loaded: LoadedModel
+    encoder: Encoder
+
+
+@dataclass
+class _Prepared:
+    """What is settled before a run writes anything."""
+
+    recipe: Recipe
+    texts: Texts
+    tokens: Tokens
+    loaded: LoadedModel
+    encoder: Encoder
+    steps: int
+    manifest: dict[str, Any]
+
+
+def finetune(
+    recipe: Recipe, items: Items | None = None, loaded: LoadedModel | None = None, reporter: Reporter | None = None
+) -> FinishedRun:
+    """Runs `recipe` into a new run folder.
+
+    `items`, texts or dicts of columns, take the place of the recipe's source; `loaded`, a model in memory, of its
+    model. Raises the errors of `finespun.errors`; those before the first step leave nothing behind.
+    """
+    reporter = reporter or Reporter()
+    recipe = recipe.model_copy(deep=True)
+    name = Path(recipe.data.source[0]).stem if items is None and recipe.data.source else "texts"
+    folder = RunFolder(Path(recipe.out) if recipe.out else default_out(name))
+    folder.check_free()
+    texts = read_texts(recipe.data, items)
+    recipe.out = str(folder.path.absolute())
+    rows = None
+    if items is not None:
+        recipe.data.source = [str(folder.data.absolute())]
+        rows = "".join(json.dumps(item if isinstance(item, Mapping) else {"text": item}, ensure_ascii=False, default=str) + "\n" for item in items)
+    run = _prepare(recipe, texts, loaded, reporter)
+    if rows is not None:
+        run.manifest["data"]["files"][str(folder.data.absolute())] = hashlib.sha256(rows.encode()).hexdigest()
+    folder.create(recipe, run.manifest)
+    if rows is not None:
+        write_text(folder.data, rows)
+    return _run(run, folder, reporter, resume_from=None)
+
+
+def resume(path: str | Path, reporter: Reporter | None = None) -> FinishedRun:
+    """Goes on with the run in `path` from its newest complete checkpoint, or from its start where it has none.
+
+    Raises `RunError` for a folder without a run, a finished run, and data or base weights that changed since.
+    """
+    reporter = reporter or Reporter()
+    folder = RunFolder(Path(path))
+    recipe = folder.recipe()
+    if folder.report.exists():
+        raise RunError(f"{folder.path}: this run is finished. To train on, start a new run with --model {folder.path}.")
+    run = _prepare(recipe, read_texts(recipe.data), None, reporter)
+    recorded = folder.manifest()
+    for key in ("data", "base"):
+        if changed := [name for name, value in run.manifest[key].items() if recorded[key].get(name) != value]:
+            raise RunError(f"{folder.path}: the {key} is not what this run began with ({', '.join(changed)} changed). Restore it, or start a new run.")
+    checkpoint = newest_checkpoint(folder.checkpoints)
+    done = checkpoint.state.step if checkpoint else 0
+    folder.keep_metrics_through(done)
+    reporter.say(f"Going on after step {done} of {run.steps}.")
+    return _run(run, folder, reporter, resume_from=checkpoint)
+
+
+def _prepare(recipe: Recipe, texts: Texts, loaded: LoadedModel | None, reporter: Reporter) -> _Prepared:
+    """Reads, encodes and decides all that can fail before a step; completes `recipe`."""
+    for line in texts.how:
+        reporter.say(line)
+    if loaded is None:
+        location = locate(recipe.model)
+        reporter.say(f"Loading {recipe.model} from {location.path}" + (" (converted once, about a minute)" if location.kind == "package" else ""))
+        loaded = load_model(recipe.model, precision="float32")
+    recipe.data.prompt_format = resolve_prompt_format(loaded.tokenizer, texts.shape, recipe.data.prompt_format)
+    encoder = Encoder(loaded.tokenizer, recipe.data.prompt_format)
+    tokens = encode_texts(texts, encoder, recipe.data, loaded.context_length)
+    recipe.training.precision = recipe.training.precision or faster_precision(loaded.device)
+    steps = settle(recipe.training, len(tokens.train), loaded.causal_lm.num_parameters())
+    manifest = {
+        "data": _describe(texts, tokens, recipe),
+        "base": {"name": loaded.base_name, "sha256": weights_sha256(loaded.base_path), "parameters": loaded.causal_lm.num_parameters()},
+        "seed": recipe.training.seed,
+        "environment": environment(),
+    }
+    for line in _summary(manifest["data"]):
+        reporter.say(line)
+    return _Prepared(recipe, texts, tokens, loaded, encoder, steps, manifest)
+
+
+def _run(run: _Prepared, folder: RunFolder, reporter: Reporter, resume_from: Checkpoint | None) -> FinishedRun:
+    """Measures, trains, measures again and writes the model and the report."""
+    recipe, loaded, tokens = run.recipe, run.loaded, run.tokens
+    training = ResolvedTraining.from_recipe(recipe.training, run.steps)
+    if loaded.has_adapter and recipe.training.method == "full":
+        loaded.model = merge(loaded.model)
+    objective = CausalLM(loaded.causal_lm)
+    if objective.why_slow:
+        reporter.say(f"Computing one example at a time, since {objective.why_slow}.")
+
+    reporter.say("Measuring the model as it is")
+    before = example_losses(objective, tokens.validation, training.micro_batch_tokens)
+    samples = folder.samples() or _write_out(_sample_prompts(run), "before", run)
+    folder.write_samples(samples)
+
+    trainable = _make_trainable(run)
+    reporter.say(
+        f"Training {trainable / 1e6:.1f} M parameters ({recipe.training.method}, {recipe.training.precision}): {run.steps} steps "
+        f"of {training.batch_size} examples, learning rate up to {training.learning_rate:g}"
+    )
+    try:
+        state = train(
+            loaded.model, objective, tokens.train, tokens.validation, training, folder.checkpoints, folder.append_metrics, reporter, resume_from
+        )
+    except TrainingInterrupted as stop:
+        raise TrainingInterrupted(f"{stop} Go on with: finespun train --resume {folder.path}") from None
+
+    save_model(loaded, run.encoder.stop_ids, folder.model)
+    reporter.say("Measuring the trained model")
+    if tokens.validation:
+        after = example_losses(objective, tokens.validation, training.micro_batch_tokens)
+        run.manifest["results"] = {
+            "best_step": state.best_step,
+            "perplexity_before": asdict(perplexity(*before)),
+            "perplexity_after": asdict(perplexity(*after)),
+            "perplexity_ratio": asdict(perplexity_ratio(before[0], after[0], before[1])),
+        }
+        folder.write_manifest(run.manifest)
+    folder.write_samples(_write_out(samples, "after", run))
+    write_report(folder)
+    return FinishedRun(folder, loaded, run.encoder)
+
+
+def _make_trainable(run: _Prepared) -> int:
+    """Sets which parameters get a gradient, putting an adapter in place for LoRA; returns how many numbers these are."""
+    loaded, recipe = run.loaded, run.recipe
+    if recipe.training.method == "full":
+        loaded.model.requires_grad_(True)
+    elif loaded.has_adapter:
+        for name, parameter in loaded.model.named_parameters():
+            parameter.requires_grad_("lora_" in name)
+    else:
+        torch.manual_seed(recipe.training.seed)
+        loaded.model = add_lora(loaded.causal_lm, recipe.lora)
+    return sum(parameter.numel() for parameter in loaded.model.parameters() if parameter.requires_grad)
+
+
+def _sample_prompts(run: _Prepared) -> list[Sample]:
+    """Prompts for the report: the recipe's own, or the first held-out examples with what stands there."""
+    if run.recipe.samples.prompts:
+        return [{"prompt": prompt, "reference": None} for prompt in run.recipe.samples.prompts]
+    held_out = map(prompt_of, run.texts.validation[: run.recipe.samples.count])
+    return [{"prompt": prompt, "reference": reference} for prompt, reference in held_out]
+
+
+def _write_out(samples: Sequence[Sample], when: str, run: _Prepared) -> list[Sample]:
+    """`samples` with what the model writes now, greedily, under the key `when`."""
+    sampling = Sampling(max_new_tokens=run.recipe.samples.max_new_tokens)
+    prompts = [run.encoder.encode_prompt(sample["prompt"]) for sample in samples]
+    written = generate(run.loaded, run.encoder, prompts, sampling) if prompts else []
+    return [
+        {**sample, when: completion.text, f"{when}_finish_reason": completion.finish_reason}
+        for sample, (completion,) in zip(samples, written, strict=True)
+    ]
+
+
+def _describe(texts: Texts, tokens: Tokens, recipe: Recipe) -> dict[str, Any]:
+    """What the data is, for manifest and report."""
+    lengths = [len(example.input_ids) for example in tokens.train]
+    counts, edges = np.histogram(lengths, bins=min(30, max(1, len(set(lengths)))))
+    return {
+        "files": {str(path.absolute()): file_sha256(path) for path in texts.files},
+        "shape": texts.shape,
+        "prompt_format": recipe.data.prompt_format,
+        "read": len(texts.train) + len(texts.validation),
+        "train": len(tokens.train),
+        "validation": len(tokens.validation),
+        "train_tokens": sum(lengths),
+        "train_loss_tokens": _loss_tokens(tokens.train),
+        "validation_loss_tokens": _loss_tokens(tokens.validation),
+        "length_median": int(np.median(lengths)),
+        "length_max": tokens.lengths.longest,
+        "length_histogram": {"counts": counts.tolist(), "edges": [round(float(edge), 1) for edge in edges]},
+        "max_length": recipe.data.max_length,
+        "too_long": tokens.lengths.too_long,
+        "too_long_action": tokens.lengths.action,
+        "tokens_lost": tokens.lengths.tokens_lost,
+    }
+
+
+def _loss_tokens(examples: Sequence[TokenizedExample]) -> int:
+    return sum(example.trained_tokens for example in examples)
+
+
+def _summary(data: Mapping[str, Any]) -> list[str]:
+    lines = [
+        f"{data['train']} training and {data['validation']} validation examples ({data['shape']}, prompted {data['prompt_format']}); "
+        f"{data['train_tokens']:,} training tokens, {data['train_loss_tokens']:,} of them with loss; "
+        f"longest {data['length_max']}, limit {data['max_length']}"
+    ]
+    if data["too_long"]:
+        did = {"cut": "were cut", "skip": "were left out", "split": "were split into several"}[data["too_long_action"]]
+        lines.append(f"{data['too_long']} examples longer than {data['max_length']} tokens {did}; {data['tokens_lost']:,} tokens are not trained.")
+    return lines
+
+
+def closing_words(folder: RunFolder) -> list[str]:
+    """What a finished run has to say: samples before and after, perplexity, and what to do next."""
+    lines = []
+    for sample in folder.samples():
+        prompt = sample["prompt"] if isinstance(sample["prompt"], str) else sample["prompt"][-1]["content"]
+        lines += [f"\n--- {prompt}", f"[before] {sample['before'].strip()}", f"[after]  {sample['after'].strip()}"]
+    results = folder.manifest().get("results")
+    if results:
+        before, after, ratio = (results[f"perplexity_{key}"] for key in ("before", "after", "ratio"))
+        lines.append(
+            f"\nHeld-out perplexity {before['value']:.2f} [{before['low']:.2f}, {before['high']:.2f}] before, "
+            f"{after['value']:.2f} [{after['low']:.2f}, {after['high']:.2f}] after: {_change(ratio)}"
+        )
+    lines += [f"Report: {folder.report}", f'Write with it: finespun generate {folder.path} "..."']
+    return lines
+
+
+def _change(ratio: Mapping[str, float]) -> str:
+    """`0.6` with its interval → `40.0 % lower (95 % interval 38.1 to 41.7)`."""
+    if ratio["low"] <= 1 <= ratio["high"]:
+        return "no difference shown at the 95 % level"
+    word = "lower" if ratio["value"] < 1 else "higher"
+    value, *ends = (abs(1 - ratio[key]) * 100 for key in ("value", "low", "high"))
+    return f"{value:.1f} % {word} (95 % interval {min(ends):.1f} to {max(ends):.1f})"

@@ -1,0 +1,207 @@
+"""A location → a model and its tokenizer, ready on the best device here. Nothing is unpickled, no remote code runs."""
+
+from __future__ import annotations
+
+import functools
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from finespun.errors import ModelError
+from finespun.files import new_folder
+from finespun.models.catalog import (
+    KNOWN_MODELS,
+    Location,
+    check_package_file,
+    converted_folder,
+    locate,
+    weights_sha256,
+)
+
+Precision = Literal["float32", "bfloat16"]
+
+ORIGIN_FILE = "finespun.json"
+"""Beside an adapter or a converted model: the name and the hash of the weights that it goes with."""
+
+
+@dataclass
+class LoadedModel:
+    """A causal language model in memory. `model` is a `PreTrainedModel` or, with an adapter, a `PeftModel` around it.
+
+    `base_name` and `base_path` (a folder or a GGUF file) say where the weights are on disk: all of them or, with an
+    adapter, those below it."""
+
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    base_name: str
+    base_path: Path
+
+    @property
+    def causal_lm(self) -> PreTrainedModel:
+        """The `transformers` model itself, with the layers of an adapter in it if there is one."""
+        return self.model.get_base_model() if self.has_adapter else self.model
+
+    @property
+    def has_adapter(self) -> bool:
+        return hasattr(self.model, "peft_config")
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def context_length(self) -> int:
+        """Longest sequence the model was made for, in tokens; 2048 where its config does not say."""
+        return int(getattr(self.causal_lm.config.get_text_config(), "max_position_embeddings", None) or 2048)
+
+
+def default_device() -> torch.device:
+    """A CUDA GPU, Apple's GPU, or the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps") if torch.backends.mps.is_available() else torch.device("cpu")
+
+
+@functools.cache
+def faster_precision(device: torch.device) -> Precision:
+    """bfloat16 where matrix products in it are at least 1.5 times as fast as in float32 here, measured; else float32."""
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        left, right = (torch.ones(shape, dtype=dtype, device=device) for shape in ((256, 576), (576, 576)))
+        times = []
+        for _ in range(6):
+            start = time.perf_counter()
+            (left @ right)[0, 0].item()
+            times.append(time.perf_counter() - start)
+        seconds[dtype] = min(times)
+    return "bfloat16" if seconds[torch.float32] > 1.5 * seconds[torch.bfloat16] else "float32"
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Inside, transformers draws no progress bars and says nothing below an error: what matters is said by finespun."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+@quiet_transformers()
+def load_model(name: str, precision: Precision | None = None, device: torch.device | None = None) -> LoadedModel:
+    """The model called `name`: a known name, hub id, model folder, run folder, adapter folder, or `.gguf` file.
+
+    A model that finespun trained computes in the precision it was trained in, so that it writes the same texts; any
+    other, and a bfloat16 one where bfloat16 is slow, in the faster one. Raises `ModelNotFound` and `ModelError`.
+    """
+    device = device or default_device()
+    location = locate(name)
+    if location.kind == "package":
+        location = convert_packaged(location)
+    origin = read_origin(location.path)
+    if precision is None:
+        precision = "float32" if origin.get("precision") == "float32" else faster_precision(device)
+    dtype: torch.dtype = getattr(torch, precision)
+    if location.kind == "gguf":
+        model, tokenizer = _load_gguf(location.path)
+        loaded = LoadedModel(model.to(dtype), tokenizer, name, location.path)
+    elif (location.path / "adapter_config.json").is_file():
+        loaded = _load_adapter(location.path, origin, precision, device)
+    else:
+        loaded = _load_folder(location, origin, dtype)
+    loaded.model.to(device)
+    loaded.model.eval()
+    return loaded
+
+
+@quiet_transformers()
+def save_model(loaded: LoadedModel, stop_ids: Sequence[int], folder: Path) -> None:
+    """Writes the model as a Hugging Face folder, or its adapter as a PEFT folder, whole or not at all: weights as
+    safetensors, tokenizer, and a generation config in which each of `stop_ids` ends a text. Raises `RunError`."""
+    model = loaded.causal_lm
+    model.generation_config.eos_token_id = list(stop_ids)
+    model.generation_config.pad_token_id = loaded.tokenizer.eos_token_id
+    origin = {"precision": str(model.dtype).removeprefix("torch.")}
+    if loaded.has_adapter:
+        origin |= {"base_name": loaded.base_name, "base_sha256": weights_sha256(loaded.base_path)}
+    with new_folder(folder) as new:
+        loaded.model.save_pretrained(new)
+        loaded.tokenizer.save_pretrained(new)
+        (new / "README.md").unlink(missing_ok=True)  # peft's empty model card
+        (new / ORIGIN_FILE).write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
+
+
+def read_origin(path: Path) -> dict[str, str]:
+    """What finespun wrote beside a model's weights; empty for any other model."""
+    file = path / ORIGIN_FILE
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def convert_packaged(location: Location) -> Location:
+    """Dequantizes a packaged GGUF once into finespun's cache as a plain folder; later loads start from there."""
+    known = KNOWN_MODELS[location.name.lower()]
+    assert known.package is not None
+    check_package_file(location.path, known.package)
+    model, tokenizer = _load_gguf(location.path)
+    model.config._name_or_path = known.hub_id
+    tokenizer.model_max_length = model.config.max_position_embeddings
+    target = converted_folder(location.name.lower())
+    with new_folder(target) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        origin = {"from": known.package.distribution, "gguf_sha256": known.package.sha256, "weights_sha256": weights_sha256(folder)}
+        (folder / ORIGIN_FILE).write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
+    return Location(location.name, target, "folder")
+
+
+def _load_folder(location: Location, origin: dict[str, str], dtype: torch.dtype) -> LoadedModel:
+    if "weights_sha256" in origin and weights_sha256(location.path) != origin["weights_sha256"]:
+        raise ModelError(f"{location.path}: the converted weights are damaged (their SHA-256 is not the recorded one). Delete the folder; it is made anew.")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(location.path))
+        model = AutoModelForCausalLM.from_pretrained(str(location.path), dtype=dtype, use_safetensors=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{location.path}: cannot be loaded as a causal language model: {error}") from error
+    return LoadedModel(model, tokenizer, location.name, location.path)
+
+
+def _load_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A GGUF file's weights, dequantized to float32, in a plain model (the one transformers returns refuses saving)."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+        read = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=torch.float32)
+    except (OSError, ValueError, KeyError, NotImplementedError) as error:
+        raise ModelError(f"{path}: cannot be read as a GGUF model: {error}") from error
+    config = read.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    plain = type(read)(config)
+    plain.load_state_dict(read.state_dict())
+    plain.tie_weights()
+    plain.generation_config = read.generation_config
+    return plain, tokenizer
+
+
+def _load_adapter(folder: Path, origin: dict[str, str], precision: Precision, device: torch.device) -> LoadedModel:
+    from peft import PeftConfig, PeftModel
+
+    name = origin.get("base_name") or PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
+    if not name:
+        raise ModelError(f"{folder}: the adapter does not say which model it belongs to.")
+    base = load_model(name, precision, device)
+    if "base_sha256" in origin and weights_sha256(base.base_path) != origin["base_sha256"]:
+        raise ModelError(f"{folder}: this adapter was trained on other weights of {name} than those in {base.base_path}; it would write something else there.")
+    model = PeftModel.from_pretrained(base.model, str(folder), autocast_adapter_dtype=False)
+    return LoadedModel(model.to(base.model.dtype), AutoTokenizer.from_pretrained(str(folder)), base.base_name, base.base_path)

@@ -1,0 +1,257 @@
+"""The recipe: everything that a run can be told, in one validated place.
+
+A YAML file, command-line flags and Python keywords all end here, so they can only say the same things. A field left
+at `None` is decided when the run starts, from the model and the data, and the decision is written into the run's own
+`recipe.yaml`, which then describes the run completely.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from rapidfuzz import fuzz
+
+from finespun.errors import RecipeError
+
+
+class Section(BaseModel):
+    """A part of the recipe: unknown keys are refused, values are not coerced into something else silently."""
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+class TemplateRecipe(Section):
+    """Jinja templates that make an example out of a row's columns: `prompt` with `completion`, or `text` alone."""
+
+    prompt: str | None = None
+    """Jinja template of the prompt, e.g. "Write a fable titled {{ title }}."."""
+    completion: str | None = None
+    """Jinja template of the completion, which is what the model learns to write."""
+    text: str | None = None
+    """Jinja template of a whole text, for training without a prompt."""
+
+    @model_validator(mode="after")
+    def _one_shape(self) -> TemplateRecipe:
+        if (self.text is None) == (self.prompt is None and self.completion is None) or (
+            (self.prompt is None) != (self.completion is None)
+        ):
+            raise ValueError("a template gives either prompt and completion, or text")
+        return self
+
+
+class DataRecipe(Section):
+    """Which texts are trained, and how they become examples."""
+
+    source: list[str] | None = None
+    """Files (.txt, .jsonl, .json, .csv), folders of them, or `fables`, the texts that come with finespun."""
+    validation: list[str] | Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Held-out texts: files, or the share of the source to hold out [default: 0.1, or the set's own]."""
+    documents: Literal["blank-lines", "lines", "files"] | None = None
+    """What separates the documents of a .txt file [default: blank-lines if it has any, else lines]."""
+    template: TemplateRecipe | None = None
+    """Jinja templates over the columns of a row."""
+    prompt_format: Literal["chat", "raw"] | None = None
+    """Put prompts through the model's chat template, or take them as they are [default: chat if the model has a chat
+    template and the data has prompts]."""
+    max_length: Annotated[int, Field(ge=8)] | None = None
+    """Longest example in tokens [default: the model's context, at most 2048]."""
+    too_long: Literal["refuse", "cut", "skip", "split"] | None = None
+    """What happens to a longer one: split makes several of a text [default: split for texts, refuse for the rest]."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _source_alone(cls, value: Any) -> Any:
+        """`data: stories.txt` is short for `data: {source: [stories.txt]}`."""
+        if isinstance(value, str | Path):
+            return {"source": [str(value)]}
+        if isinstance(value, list | tuple):
+            return {"source": [str(item) for item in value]}
+        if isinstance(value, Mapping):
+            value = dict(value)
+            for key in ("source", "validation"):
+                if isinstance(value.get(key), str | Path):
+                    value[key] = [str(value[key])]
+        return value
+
+
+class LoraRecipe(Section):
+    """LoRA: low-rank updates beside frozen weights (Hu et al. 2021)."""
+
+    rank: Annotated[int, Field(ge=1)] = 16
+    """Rank of the update."""
+    alpha: Annotated[float, Field(gt=0)] = 32.0
+    """Scale: the update is multiplied by alpha / rank."""
+    target_modules: list[str] | Literal["all-linear"] = "all-linear"
+    """Names of the layers that get an update."""
+
+
+class TrainingRecipe(Section):
+    """How the model learns."""
+
+    method: Literal["full", "lora"] = "full"
+    """Train all weights, or a LoRA adapter beside frozen ones."""
+    epochs: Annotated[float, Field(gt=0)] = 3.0
+    """Passes over the training examples."""
+    max_steps: Annotated[int, Field(ge=1)] | None = None
+    """Stop after so many steps, whatever the epochs."""
+    batch_size: Annotated[int, Field(ge=1)] | None = None
+    """Examples in one step [default: 4 to 32, by the number of examples]."""
+    learning_rate: Annotated[float, Field(gt=0)] | None = None
+    """Peak of the schedule [default: by method and model size]."""
+    warmup: Annotated[float, Field(ge=0, le=1)] = 0.05
+    """Share of the steps in which the rate rises to its peak."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    """AdamW's decay of weight matrices; norms, biases and embeddings have none."""
+    max_gradient_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Longer gradients are scaled down to this length."""
+    validate_every: Annotated[int, Field(ge=1)] | None = None
+    """Steps between validations [default: ten in a run]."""
+    save_every: Annotated[int, Field(ge=1)] | None = None
+    """Steps between checkpoints [default: at each validation]."""
+    precision: Literal["float32", "bfloat16"] | None = None
+    """Type of the weights in computation; masters are always float32 [default: the faster one here, measured]."""
+    micro_batch_tokens: Annotated[int, Field(ge=1)] | None = None
+    """Tokens computed at once: a matter of memory and speed, never of the result."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Seed of order and initial adapter weights."""
+
+
+class SamplesRecipe(Section):
+    """Texts written before and after training for the report."""
+
+    count: Annotated[int, Field(ge=0)] = 3
+    """How many held-out examples are written out."""
+    prompts: list[str] | None = None
+    """Own prompts instead of held-out ones."""
+    max_new_tokens: Annotated[int, Field(ge=1)] = 256
+    """Longest sample."""
+
+
+class Recipe(Section):
+    """A complete description of a run."""
+
+    model: str = "smollm2-135m"
+    """A known name, a hub id, a folder, or a .gguf file."""
+    data: DataRecipe = Field(default_factory=DataRecipe)
+    """The texts."""
+    out: str | None = None
+    """The run folder [default: runs/ and the name of the data]."""
+    training: TrainingRecipe = Field(default_factory=TrainingRecipe)
+    """How the model learns."""
+    lora: LoraRecipe = Field(default_factory=LoraRecipe)
+    """The adapter, for method lora."""
+    samples: SamplesRecipe = Field(default_factory=SamplesRecipe)
+    """Samples for the report."""
+
+    @classmethod
+    def parse(cls, *layers: Mapping[str, Any]) -> Recipe:
+        """Recipe from nested mappings, a later one overriding an earlier one key by key.
+
+        Raises `RecipeError` that names every wrong key or value and, for an unknown key, the nearest known one.
+        """
+        merged: dict[str, Any] = {}
+        for layer in layers:
+            _merge(merged, layer)
+        try:
+            return cls.model_validate(merged)
+        except ValidationError as error:
+            raise RecipeError(explain(error)) from None
+
+    @classmethod
+    def load(cls, path: str | Path, *overrides: Mapping[str, Any]) -> Recipe:
+        """Recipe from a YAML file, with `overrides` on top. Raises `RecipeError`."""
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except FileNotFoundError:
+            raise RecipeError(f"{path}: there is no such recipe. Check the name, or give --model and --data.") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecipeError(f"{path}: cannot be read as a recipe ({error}).") from None
+        try:
+            content = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise RecipeError(f"{path}: is not valid YAML: {error}") from None
+        if content is None:
+            content = {}
+        if not isinstance(content, dict):
+            raise RecipeError(f"{path}: a recipe is a YAML mapping of keys such as `model` and `data`, not a {type(content).__name__}.")
+        try:
+            return cls.parse(content, *overrides)
+        except RecipeError as error:
+            raise RecipeError(f"{path}: {error}") from None
+
+    @classmethod
+    def from_keywords(cls, **keywords: Any) -> Recipe:
+        """Recipe from Python keywords: top-level keys, whole sections, or the bare name of a section's field
+        (`epochs=3` is `training={"epochs": 3}`). Raises `RecipeError`."""
+        nested: dict[str, Any] = {}
+        for key, value in keywords.items():
+            if key not in cls.model_fields and (home := FIELD_HOME.get(key)):
+                _merge(nested, {home: {key: value}})
+            else:
+                _merge(nested, {key: value})
+        return cls.parse(nested)
+
+    def to_yaml(self) -> str:
+        """The recipe as YAML that `load` reads back to an equal recipe."""
+        return yaml.safe_dump(self.model_dump(exclude_none=True), sort_keys=False, allow_unicode=True, width=110)
+
+
+SECTIONS: dict[str, type[Section]] = {
+    "data": DataRecipe,
+    "training": TrainingRecipe,
+    "lora": LoraRecipe,
+    "samples": SamplesRecipe,
+}
+
+FIELD_HOME: dict[str, str] = {field: name for name, section in SECTIONS.items() for field in section.model_fields}
+"""Section of each field that can be given by its bare name as a Python keyword."""
+
+
+def known_keys() -> list[str]:
+    """All keys a recipe can have, dotted."""
+    return [*Recipe.model_fields, *(f"{section}.{field}" for field, section in FIELD_HOME.items())]
+
+
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """The known dotted key most like `word`, as a whole or in its last part; None if none is like it."""
+
+    def likeness(key: str) -> float:
+        return max(fuzz.ratio(word, key), fuzz.ratio(word.rsplit(".", 1)[-1], key.rsplit(".", 1)[-1]))
+
+    best = max(known, key=likeness)
+    return best if likeness(best) >= 60 else None
+
+
+def explain(error: ValidationError) -> str:
+    """What is wrong with a recipe, one clause a fault, in the words of the recipe instead of pydantic's."""
+    faults: dict[str, str] = {}
+    for fault in error.errors(include_url=False):
+        unknown = fault["type"] == "extra_forbidden"
+        # pydantic puts the branch of a union into the path; only the recipe's own keys are of use to a reader
+        path = ".".join(str(part) for part in fault["loc"] if unknown or part in _KEY_PARTS)
+        if unknown:
+            guess = nearest(path, known_keys())
+            hint = f"did you mean `{guess}`?" if guess else f"known are {', '.join(known_keys())}."
+            faults[path] = f"unknown key `{path}`; {hint}"
+        else:
+            given = "" if isinstance(fault["input"], dict) else f" (given: {fault['input']!r})"
+            message = fault["msg"].removeprefix("Value error, ").removeprefix("Input ")
+            faults[path] = f"{faults[path]}, or {message}" if path in faults else f"`{path}` {message}{given}"
+    return "; ".join(faults.values())
+
+
+_KEY_PARTS = {part for key in known_keys() for part in key.split(".")} | set(TemplateRecipe.model_fields)
+
+
+def _merge(into: dict[str, Any], layer: Mapping[str, Any]) -> None:
+    for key, value in layer.items():
+        if key == "data" and not isinstance(value, Mapping):
+            value = {"source": value}
+        if isinstance(value, Mapping) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        else:
+            into[key] = dict(value) if isinstance(value, Mapping) else value

@@ -1,0 +1,204 @@
+"""The report of a run: one HTML page, made only of what is in the run folder, that needs nothing but a browser.
+
+The layout is in `report.html.j2`; here the figures become words.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from finespun.files import write_text
+from finespun.runs import RunFolder
+
+HERE = Path(__file__).parent
+
+UPLOT = HERE / "vendor" / "uplot"
+UPLOT_FILES = {"script": "uPlot.iife.min.js", "style": "uPlot.min.css", "licence": "LICENSE"}
+
+LENGTH_ACTIONS = {"cut": "cut at the limit", "skip": "left out", "split": "split into several"}
+
+
+def write_report(folder: RunFolder) -> None:
+    """Writes `report.html` of the finished run in `folder`, whole or not at all.
+
+    Raises `RunError` where the manifest cannot be read or the disk does not take the page.
+    """
+    environment = Environment(
+        loader=FileSystemLoader(HERE, encoding="utf-8"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {
+        "count": _count,
+        "percent": _percent,
+        "perplexity": _perplexity,
+        "interval": _interval,
+        "sha256_source": _sha256_source,
+    }
+    write_text(folder.report, environment.get_template("report.html.j2").render(_view(folder)))
+
+
+def _view(folder: RunFolder) -> dict[str, Any]:
+    """What the template shows, by name."""
+    manifest, metrics = folder.manifest(), folder.metrics()
+    data, results = manifest["data"], manifest.get("results")
+    return {
+        "name": folder.path.absolute().name,
+        "started": _date(manifest.get("started")),
+        "manifest": manifest,
+        "files": [(Path(path).name, path, digest) for path, digest in data["files"].items()],
+        "results": results,
+        "change": _change(results["perplexity_ratio"]) if results else None,
+        "first": metrics[0] if metrics else None,
+        "last": metrics[-1] if metrics else None,
+        "tokens_trained": sum(line["tokens"] for line in metrics),
+        "duration": _duration(sum(line["tokens"] / line["tokens_per_second"] for line in metrics if line["tokens_per_second"])),
+        "points": _validation_points(metrics, results),
+        "charts": _charts(metrics, results),
+        "samples": [_sample(sample) for sample in folder.samples()],
+        "length_limit": _length_limit(data),
+        "bars": _bars(data["length_histogram"], data["length_median"]),
+        "recipe": folder.recipe_file.read_text(encoding="utf-8"),
+        "vendor": {name: Markup((UPLOT / file).read_text(encoding="utf-8")) for name, file in UPLOT_FILES.items()},
+    }
+
+
+def _change(ratio: Mapping[str, float]) -> dict[str, str]:
+    """What a perplexity ratio and its interval say: a headline, and the change in percent."""
+    value, low, high = (100 * (ratio[key] - 1) for key in ("value", "low", "high"))
+    shown = {"value": _signed(value), "low": _signed(low), "high": _signed(high), "size": _percent(abs(value))}
+    if math.isinf(high):
+        word = "lower" if value < 0 else "higher"
+        return shown | {"kind": "unclear", "headline": f"Perplexity is {_percent(abs(value))} {word} on the only held-out text"}
+    if low <= 0 <= high:
+        return shown | {"kind": "unclear", "headline": "No clear change in perplexity on unseen texts"}
+    verb = "fell" if value < 0 else "rose"
+    return shown | {"kind": verb, "headline": f"Perplexity on unseen texts {verb} by"}
+
+
+def _charts(metrics: Sequence[Mapping[str, Any]], results: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The columns that the page draws; the untrained model's validation loss, where known, is step 0."""
+    rows = [_step_zero(results), *metrics] if results else metrics
+    keys = ("step", "epoch", "loss", "validation_loss", "learning_rate", "tokens_per_second")
+    columns = {key: [_plottable(row.get(key)) for row in rows] for key in keys}
+    return {"columns": columns, "best_step": results["best_step"] if results else None}
+
+
+def _validation_points(metrics: Iterable[Mapping[str, Any]], results: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """Rows of the table that stands in for the chart: step, epoch, loss, and whether the kept model is from there."""
+    rows = [_step_zero(results)] if results else []
+    rows += [line for line in metrics if line.get("validation_loss") is not None]
+    best = results["best_step"] if results else None
+    return [
+        {
+            "step": row["step"],
+            "epoch": row["epoch"],
+            "loss": row["validation_loss"],
+            "perplexity": math.exp(row["validation_loss"]) if row["validation_loss"] < 700 else math.inf,
+            "kept": row["step"] == best,
+        }
+        for row in rows
+    ]
+
+
+def _length_limit(data: Mapping[str, Any]) -> str:
+    """What the length limit did to the training examples, in a sentence."""
+    limit = f"{_count(data['max_length'])} tokens"
+    if not data["too_long"]:
+        return f"Every training example fits within the limit of {limit}: nothing was cut, left out or split."
+    lost, many = data["tokens_lost"], data["too_long"] != 1
+    examples = f"{_count(data['too_long'])} training example{'s' if many else ''} longer than {limit} {'were' if many else 'was'}"
+    share = (
+        f"{_count(lost)} tokens, {_percent(100 * lost / (lost + data['train_tokens']))} of the training texts, were not trained."
+        if lost
+        else "No token was lost."
+    )
+    return f"{examples} {LENGTH_ACTIONS[data['too_long_action']]}. {share}"
+
+
+def _count(number: float) -> str:
+    """12345.6 → 12,346."""
+    return f"{number:,.0f}"
+
+
+def _percent(value: float) -> str:
+    """Percent with as many digits as it takes to tell it from 0, and a fall from 100."""
+    if math.isinf(value):
+        return "∞ %"
+    distance = min(abs(value), abs(100 - abs(value)) if abs(value) < 100 else math.inf)
+    return f"{value:,.{0 if distance >= 9.95 or not distance else 1 if distance >= 0.095 else 2}f} %"
+
+
+def _signed(value: float) -> str:
+    """Percent with its sign, a real minus."""
+    return ("+" if value > 0 else "−" if value < 0 else "") + _percent(abs(value))
+
+
+def _perplexity(value: float) -> str:
+    """Three digits or more: 3.14, 31.4, 3,142."""
+    return "∞" if math.isinf(value) else f"{value:,.{2 if value < 9.995 else 1 if value < 999.5 else 0}f}"
+
+
+def _interval(value: Mapping[str, float]) -> str:
+    """The 95 % confidence interval of a perplexity."""
+    return f"{_perplexity(value['low'])} to {_perplexity(value['high'])}"
+
+
+def _duration(seconds: float) -> str:
+    """12 s, 3 min 20 s, 2 h 05 min."""
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 1:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{rest} s"
+    return f"{minutes} min {rest:02} s" if minutes < 60 else f"{minutes // 60:,} h {minutes % 60:02} min"
+
+
+def _sha256_source(script: str) -> str:
+    """The name by which a Content-Security-Policy allows exactly this script or style."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
+
+
+def _step_zero(results: Mapping[str, Any]) -> dict[str, Any]:
+    return {"step": 0, "epoch": 0, "validation_loss": math.log(results["perplexity_before"]["value"])}
+
+
+def _plottable(value: float | None) -> float | None:
+    """JSON has no infinity, and six digits are more than a chart can show."""
+    return None if value is None or not math.isfinite(value) else float(f"{value:.6g}")
+
+
+def _sample(sample: Mapping[str, Any]) -> dict[str, Any]:
+    prompt = sample["prompt"]
+    turns = [{"role": "", "content": prompt}] if isinstance(prompt, str) else prompt
+    columns = [
+        {"kind": when, "title": f"{when.capitalize()} training", "text": sample[when], "ended": sample[f"{when}_finish_reason"]}
+        for when in ("before", "after")
+    ]
+    if sample["reference"] is not None:
+        columns.append({"kind": "reference", "title": "Reference", "text": sample["reference"], "ended": None})
+    return {"turns": turns, "columns": [column | {"text": column["text"].strip("\n")} for column in columns]}
+
+
+def _bars(histogram: Mapping[str, Sequence[float]], median: float) -> dict[str, Any]:
+    """The histogram of lengths in units of its own picture: bars 1 wide, the highest 100 high."""
+    counts, edges = histogram["counts"], histogram["edges"]
+    highest = max(counts)
+    bars = [
+        {"height": 100 * number / highest, "title": f"{start:,.0f} to {end:,.0f} tokens: {number:,}"}
+        for number, start, end in zip(counts, edges, edges[1:], strict=False)
+    ]
+    ticks = [edges[0], (edges[0] + edges[-1]) / 2, edges[-1]]
+    return {"bars": bars, "ticks": ticks, "highest": highest, "median": len(counts) * (median - edges[0]) / (edges[-1] - edges[0])}
+
+
+def _date(started: str | None) -> str | None:
+    if not started:
+        return None
+    when = datetime.fromisoformat(started)
+    return f"{when.day} {when:%B %Y, %H:%M}"

@@ -1,0 +1,111 @@
+"""`TextModel`: a language model to write with, to train and to keep."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, overload
+
+from pydantic import ValidationError
+
+from finespun.data.formats import Message
+from finespun.data.prepare import Items
+from finespun.data.templates import Encoder
+from finespun.errors import RecipeError, RunError
+from finespun.finetuning import FinishedRun, finetune
+from finespun.generation.engine import Completion, generate
+from finespun.generation.settings import Sampling
+from finespun.models.adapters import merge
+from finespun.models.load import LoadedModel, load_model, save_model
+from finespun.recipe import Recipe, explain
+from finespun.runs import RunFolder
+from finespun.training.progress import Reporter
+
+Prompt = str | Sequence[Message]
+
+
+class TextModel:
+    """A causal language model with its tokenizer and its way of being prompted.
+
+    `run` is the folder of the run that trained it last, if this object has seen one.
+    """
+
+    def __init__(self, loaded: LoadedModel, encoder: Encoder | None = None, run: RunFolder | None = None) -> None:
+        self._loaded = loaded
+        self._encoder = encoder or Encoder(loaded.tokenizer)
+        self.run = run
+
+    @classmethod
+    def load(cls, name: str | Path) -> TextModel:
+        """The model called `name`: a known name (`finespun models`), a hub id, a run folder, a model or adapter folder,
+        or a `.gguf` file. Raises `ModelNotFound` or `ModelError`."""
+        return cls(load_model(str(name)))
+
+    @classmethod
+    def of_run(cls, finished: FinishedRun) -> TextModel:
+        """The model that a run has just trained."""
+        return cls(finished.loaded, finished.encoder, finished.folder)
+
+    @overload
+    def generate(self, prompt: str, **sampling: Any) -> str: ...
+    @overload
+    def generate(self, prompt: Sequence[Prompt], **sampling: Any) -> list[str]: ...
+    def generate(self, prompt: str | Sequence[Prompt], **sampling: Any) -> str | list[str]:
+        """What the model writes after `prompt`, without the prompt: a text, or a list of texts for a list of prompts.
+
+        A prompt is a text or a conversation (a list of messages). Keywords are the fields of `Sampling`:
+        `max_new_tokens`, `temperature`, `top_k`, `top_p`, `min_p`, `repetition_penalty`, `stop`, `seed`. Greedy by
+        default. Raises `RecipeError` for a setting that cannot be, `DataError` for a prompt that does not fit.
+        """
+        if isinstance(prompt, str):
+            return self.complete([prompt], **sampling)[0][0].text
+        return [samples[0].text for samples in self.complete(prompt, **sampling)]
+
+    def complete(
+        self,
+        prompts: Sequence[Prompt],
+        samples: int = 1,
+        on_text: Callable[[int, int, str], None] | None = None,
+        **sampling: Any,
+    ) -> list[list[Completion]]:
+        """`samples` continuations of each prompt, with the reason why each ended and its counts of tokens.
+        `on_text(prompt, sample, text)` gets each new piece of text as it is written."""
+        try:
+            settings = Sampling(**sampling)
+        except ValidationError as error:
+            raise RecipeError(explain(error)) from None
+        if samples < 1:
+            raise RecipeError(f"`samples` should be at least 1 (given: {samples})")
+        encoded = [self._encoder.encode_prompt(prompt) for prompt in prompts]
+        return generate(self._loaded, self._encoder, encoded, settings, samples, on_text)
+
+    def finetune(self, data: str | Path | Items | Mapping[str, Any], quiet: bool = False, **keywords: Any) -> TextModel:
+        """Trains this model on `data`: a file or folder, a list of texts or of dicts, or the keys of the recipe's
+        section `data`. Keywords are those of a recipe (`epochs=3`, `method="lora"`, `out="runs/stories"`). Returns itself,
+        trained; the run folder is `self.run`. Raises the errors of `finespun.errors`."""
+        recipe, items = recipe_and_items(data, model=self._loaded.base_name, **keywords)
+        finished = finetune(recipe, items, self._loaded, Reporter(quiet))
+        if not finished.loaded.has_adapter:
+            finished.loaded.base_name, finished.loaded.base_path = str(finished.folder.model.absolute()), finished.folder.model
+        self._loaded, self._encoder, self.run = finished.loaded, finished.encoder, finished.folder
+        return self
+
+    def save(self, folder: str | Path, merge_adapter: bool = False) -> Path:
+        """Writes the model to a new `folder`: a Hugging Face folder or, for a model with an adapter, a PEFT one, unless
+        `merge_adapter` folds the adapter into the weights (also of this object). Raises `RunError`."""
+        path = Path(folder)
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise RunError(f"{path}: is there already and is not empty. Choose another folder.")
+        if merge_adapter and self._loaded.has_adapter:
+            self._loaded.model = merge(self._loaded.model)
+        save_model(self._loaded, self._encoder.stop_ids, path)
+        return path
+
+
+def recipe_and_items(data: str | Path | Items | Mapping[str, Any] | None, **keywords: Any) -> tuple[Recipe, Items | None]:
+    """The recipe that Python keywords describe, and the data where it is a list in memory instead of files."""
+    if data is None:
+        return Recipe.from_keywords(**keywords), None
+    if isinstance(data, str | Path | Mapping):
+        return Recipe.from_keywords(data=dict(data) if isinstance(data, Mapping) else str(data), **keywords), None
+    return Recipe.from_keywords(**keywords), list(data)

@@ -1,0 +1,90 @@
+"""Checkpoints: all that a run needs to go on as if it had never stopped.
+
+`checkpoints/step-000123/` holds `weights.safetensors` (what is trained, float32), `optimizer.safetensors` and
+`state.json` with their SHA-256. Order and data position need no file: they are a function of the seed and the step.
+A folder with that name is complete, since it gets the name last; one whose files changed later is not used.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from finespun.errors import RunError
+from finespun.files import new_folder
+from finespun.models.catalog import file_sha256
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """Where a run stands after `step` steps; `best_loss` is the lowest validation loss so far (nats a token)."""
+
+    step: int = 0
+    best_step: int | None = None
+    best_loss: float | None = None
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint on disk."""
+
+    path: Path
+    state: TrainingState
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        return load_file(self.path / "weights.safetensors")
+
+    def moments(self) -> dict[str, torch.Tensor]:
+        return load_file(self.path / "optimizer.safetensors")
+
+
+def save_checkpoint(folder: Path, state: TrainingState, weights: dict[str, torch.Tensor], moments: dict[str, torch.Tensor]) -> None:
+    """Writes a checkpoint under `folder`, then removes all but the newest and the best one.
+
+    Raises `RunError` where the disk does not take it; the earlier ones are then still there.
+    """
+    with new_folder(_path(folder, state.step)) as new:
+        hashes = {}
+        for name, tensors in (("weights.safetensors", weights), ("optimizer.safetensors", moments)):
+            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, new / name)
+            hashes[name] = file_sha256(new / name)
+        (new / "state.json").write_text(json.dumps({**asdict(state), "sha256": hashes}, indent=2) + "\n", encoding="utf-8")
+    for path in folder.glob("step-*"):
+        if path not in (_path(folder, state.step), _path(folder, state.best_step)):
+            shutil.rmtree(path)
+
+
+def newest_checkpoint(folder: Path) -> Checkpoint | None:
+    """The newest complete and undamaged checkpoint under `folder`, or None."""
+    return next(filter(None, (_read(path) for path in sorted(folder.glob("step-*"), reverse=True))), None)
+
+
+def best_checkpoint(folder: Path, state: TrainingState) -> Checkpoint:
+    """The checkpoint with the lowest validation loss, or the newest one of a run without validation.
+
+    Raises `RunError` if it is gone or damaged.
+    """
+    found = _read(_path(folder, state.best_step)) if state.best_step is not None else newest_checkpoint(folder)
+    if found is None:
+        raise RunError(f"{folder}: the best checkpoint is missing or damaged.")
+    return found
+
+
+def _path(folder: Path, step: int | None) -> Path:
+    return folder / f"step-{step or 0:06d}"
+
+
+def _read(path: Path) -> Checkpoint | None:
+    try:
+        content = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        hashes = content.pop("sha256")
+        if all(file_sha256(path / name) == digest for name, digest in hashes.items()):
+            return Checkpoint(path, TrainingState(**content))
+    except (OSError, ValueError, TypeError, KeyError):
+        pass
+    return None

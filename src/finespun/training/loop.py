@@ -1,0 +1,185 @@
+"""The training loop, from the first step to the last, readable top to bottom.
+
+A step is one update from one batch of examples. The batch is cut into micro-batches that fit into memory; each adds
+Σ weight × loss / W to the gradient, W being the weight of the whole batch, so that how it was cut does not matter.
+The model stays in evaluation mode: without dropout, a step is a function of weights, examples and rate, and what is
+measured is what is trained.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from math import isfinite, nan
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from finespun.data.packing import micro_batches, pack, step_indices
+from finespun.data.templates import TokenizedExample
+from finespun.errors import TrainingDiverged, TrainingInterrupted
+from finespun.recipe import TrainingRecipe
+from finespun.training.checkpoint import Checkpoint, TrainingState, best_checkpoint, save_checkpoint
+from finespun.training.objectives.causal_lm import CausalLM
+from finespun.training.optim import MasterAdamW
+from finespun.training.progress import Reporter
+from finespun.training.schedule import learning_rate
+
+
+@dataclass(frozen=True)
+class ResolvedTraining:
+    """What the loop needs of a recipe, with nothing left open."""
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    warmup: float
+    weight_decay: float
+    max_gradient_norm: float
+    validate_every: int
+    save_every: int
+    micro_batch_tokens: int
+    compute_dtype: torch.dtype
+    seed: int
+
+    @classmethod
+    def from_recipe(cls, recipe: TrainingRecipe, steps: int) -> ResolvedTraining:
+        """Takes the fields of the same names; all of them must have been decided."""
+        values: dict[str, Any] = {name: getattr(recipe, name) for name in cls.__dataclass_fields__ if name in TrainingRecipe.model_fields}
+        return cls(steps=steps, compute_dtype=getattr(torch, recipe.precision or "float32"), **values)
+
+
+def train(
+    model: torch.nn.Module,
+    objective: CausalLM,
+    examples: Sequence[TokenizedExample],
+    validation: Sequence[TokenizedExample],
+    recipe: ResolvedTraining,
+    checkpoints: Path,
+    on_step: Callable[[dict[str, Any]], None],
+    reporter: Reporter,
+    resume: Checkpoint | None = None,
+) -> TrainingState:
+    """Trains the parameters of `model` that require a gradient; they end as those of the best checkpoint.
+
+    `on_step` gets the metrics of each step. Checkpoints go to the folder `checkpoints`; with `resume` the run goes on
+    from one of them, bit for bit as if it had not stopped. Raises `TrainingDiverged` for a loss or gradient that is
+    not finite, and `TrainingInterrupted`, after saving, when SIGINT or SIGTERM came.
+    """
+    optimizer = MasterAdamW(model, recipe.weight_decay, recipe.compute_dtype)
+    state = TrainingState()
+    if resume:
+        state = resume.state
+        optimizer.load_state(resume.weights(), resume.moments())
+    batches = step_indices(len(examples), recipe.batch_size, recipe.seed, start=state.step)
+    steps_per_epoch = -(-len(examples) // recipe.batch_size)
+
+    with stop_requests() as stop, reporter.start(state.step, recipe.steps):
+        for step in range(state.step + 1, recipe.steps + 1):
+            started = time.perf_counter()
+            batch = [examples[index] for index in next(batches)]
+            loss = accumulate_gradients(objective, batch, recipe.micro_batch_tokens)
+            rate = learning_rate(step - 1, recipe.steps, recipe.learning_rate, recipe.warmup)
+            norm = optimizer.step(rate, recipe.max_gradient_norm) if isfinite(loss) else nan
+            if not isfinite(norm):
+                raise diverged(objective, batch, step, loss, norm, checkpoints)
+            tokens = sum(len(example.input_ids) for example in batch)
+            metrics: dict[str, Any] = {
+                "step": step,
+                "epoch": step / steps_per_epoch,
+                "loss": loss,
+                "learning_rate": rate,
+                "gradient_norm": norm,
+                "tokens": tokens,
+                "tokens_per_second": tokens / (time.perf_counter() - started),
+            }
+            state = replace(state, step=step)
+            last = step == recipe.steps
+            if validation and (last or step % recipe.validate_every == 0):
+                metrics["validation_loss"] = weighted_mean_loss(objective, validation, recipe.micro_batch_tokens)
+                if state.best_loss is None or metrics["validation_loss"] < state.best_loss:
+                    state = replace(state, best_step=step, best_loss=metrics["validation_loss"])
+            on_step(metrics)
+            reporter.step(metrics, recipe.steps)
+            if last or stop.is_set() or state.best_step == step or step % recipe.save_every == 0:
+                save_checkpoint(checkpoints, state, *optimizer.state())
+            if stop.is_set() and not last:
+                raise TrainingInterrupted(f"Stopped after step {step} of {recipe.steps}, and saved.")
+
+    if state.best_step is not None and state.best_step != state.step:
+        optimizer.load_weights(best_checkpoint(checkpoints, state).weights())
+    return state
+
+
+def accumulate_gradients(objective: CausalLM, batch: Sequence[TokenizedExample], micro_batch_tokens: int) -> float:
+    """Adds the gradient of the batch's mean loss to the parameters; returns that loss, nats per unit of weight."""
+    device = next(objective.model.parameters()).device
+    total_weight = sum(sum(example.loss_weights) for example in batch)
+    loss = 0.0
+    for group in micro_batches(batch, micro_batch_tokens):
+        result = objective(pack(group).to(device), loss_scale=1 / total_weight)
+        result.weighted_sum.backward()
+        loss += float(result.weighted_sum.detach())
+    return loss
+
+
+@torch.no_grad()
+def example_losses(objective: CausalLM, examples: Sequence[TokenizedExample], micro_batch_tokens: int) -> tuple[list[float], list[float]]:
+    """For each example Σ weight × loss (nats) and Σ weight, in the order given, summed in float64."""
+    device = next(objective.model.parameters()).device
+    sums: dict[int, float] = {}
+    for group in micro_batches(examples, micro_batch_tokens):
+        result = objective(pack(group).to(device))
+        per_example = torch.zeros(len(group), dtype=torch.float64, device=device)
+        per_example.index_add_(0, result.examples, (result.losses * result.weights).double())
+        sums |= {id(example): value for example, value in zip(group, per_example.tolist(), strict=True)}
+    return [sums[id(example)] for example in examples], [sum(example.loss_weights) for example in examples]
+
+
+def weighted_mean_loss(objective: CausalLM, examples: Sequence[TokenizedExample], micro_batch_tokens: int) -> float:
+    """Σ weight × loss / Σ weight over all `examples`, nats."""
+    sums, weights = example_losses(objective, examples, micro_batch_tokens)
+    return sum(sums) / sum(weights)
+
+
+def diverged(
+    objective: CausalLM, batch: Sequence[TokenizedExample], step: int, loss: float, norm: float, checkpoints: Path
+) -> TrainingDiverged:
+    """The error for a step whose loss or gradient is not finite, naming the examples that cause it where they do so
+    one by one. The weights are as they were before the step."""
+    sums, _ = example_losses(objective, batch, 1)
+    culprits = [example for example, value in zip(batch, sums, strict=True) if not isfinite(value)]
+    named = ", ".join(str(example.origin) for example in (culprits or batch)[:10])
+    which = "These examples have no finite loss" if culprits else "Its examples"
+    return TrainingDiverged(
+        f"Step {step}: the loss is {loss} and the gradient's length {norm}, so the step was not taken and the run stopped. "
+        f"{which}: {named}. Lower training.learning_rate, or look at these rows. "
+        f"The last good checkpoint is in {checkpoints}."
+    )
+
+
+@contextmanager
+def stop_requests() -> Iterator[threading.Event]:
+    """An event that the first SIGINT or SIGTERM sets; a second SIGINT interrupts at once. Outside the main thread,
+    where Python takes no signals, the event is never set."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+
+    def request(number: int, frame: Any) -> None:
+        if event.is_set() and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        event.set()
+
+    before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield event
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,31 @@
+"""Slow, plain computations to compare with: one example at a time through transformers' own forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
+
+from finespun.data.templates import TokenizedExample
+
+
+def losses_one_by_one(model: PreTrainedModel, examples: Sequence[TokenizedExample]) -> tuple[torch.Tensor, float]:
+    """Σ weight × loss over all tokens of all examples (differentiable), and Σ weight."""
+    total = torch.zeros((), dtype=model.dtype)
+    weight = 0.0
+    for example in examples:
+        ids = torch.tensor([example.input_ids])
+        weights = torch.tensor(example.loss_weights, dtype=model.dtype)
+        logits = model(input_ids=ids).logits[0]
+        total = total + (cross_entropy(logits[:-1], ids[0, 1:], reduction="none") * weights[1:]).sum()
+        weight += float(weights[1:].sum())
+    return total, weight
+
+
+def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Gradients by parameter name; the parameters' own are cleared."""
+    found = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return found
