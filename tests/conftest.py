@@ -1,15 +1,22 @@
-"""Shared parts: real ones where the subject is the model or the tokenizer, tiny random ones for shapes and edge cases."""
+"""Shared parts: real ones where the subject is the model or the tokenizer, tiny random ones for shapes and edges."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPT2Tokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from finespun.models.catalog import converted_folder
 from finespun.models.load import LoadedModel, load_model
@@ -17,16 +24,38 @@ from finespun.models.load import LoadedModel, load_model
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
 CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
-WORDS = ["the", "old", "ferryman", "rowed", "over", "a", "slow", "river", "and", "said", "nothing", "at", "all", "heron", "mill", "boat"]
+WORDS = [
+    "the",
+    "old",
+    "ferryman",
+    "rowed",
+    "over",
+    "a",
+    "slow",
+    "river",
+    "and",
+    "said",
+    "nothing",
+    "at",
+    "all",
+    "heron",
+    "mill",
+    "boat",
+]
 
 
 def sentences(count: int, length: int = 8) -> list[str]:
     """`count` different sentences of about `length` words."""
-    return [" ".join(WORDS[(i * 7 + j * (i % 5 + 1)) % len(WORDS)] for j in range(length + i % 4)) + f" {i}." for i in range(count)]
+    return [
+        " ".join(WORDS[(i * 7 + j * (i % 5 + 1)) % len(WORDS)] for j in range(length + i % 4)) + f" {i}."
+        for i in range(count)
+    ]
 
 
 @pytest.fixture(scope="session")
@@ -36,9 +65,16 @@ def small_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<|im_end|>", "<|im_start|>"]
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
     tokenizer.train_from_iterator(sentences(200), trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|im_end|>", bos_token="<|im_start|>")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|im_end|>", bos_token="<|im_start|>"
+    )
     fast.chat_template = CHATML
     return fast
 
@@ -99,10 +135,10 @@ def smollm2_shared(smollm2_folder: Path) -> LoadedModel:
 
 
 @pytest.fixture
-def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A new working folder."""
     monkeypatch.chdir(tmp_path)
-    yield tmp_path
+    return tmp_path
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The report: right figures, nothing that a text could inject, nothing from the network, charts that a browser draws."""
+"""The report: right figures, nothing that a text could inject or the network could add, charts that a browser draws."""
 
 from __future__ import annotations
 
@@ -66,7 +66,10 @@ def samples() -> list[dict[str, Any]]:
             "after_finish_reason": "stop",
         },
         {
-            "prompt": [{"role": "system", "content": "You tell fables."}, {"role": "user", "content": f"讲一个寓言。{ALERT}"}],
+            "prompt": [
+                {"role": "system", "content": "You tell fables."},
+                {"role": "user", "content": f"讲一个寓言。{ALERT}"},
+            ],
             "reference": None,
             "before": "",
             "before_finish_reason": "stop",
@@ -91,7 +94,10 @@ def make_run(tmp_path: Path) -> RunMaker:
     ) -> RunFolder:
         folder = RunFolder(tmp_path / "fables-二")
         described: dict[str, Any] = {
-            "files": {f"/data/{ALERT}/train.jsonl": "ab" * 32, f"/data/validation{BREAKOUT.replace('/', '')}.jsonl": "cd" * 32},
+            "files": {
+                f"/data/{ALERT}/train.jsonl": "ab" * 32,
+                f"/data/validation{BREAKOUT.replace('/', '')}.jsonl": "cd" * 32,
+            },
             "shape": "prompt+completion",
             "prompt_format": "chat",
             "read": 352,
@@ -102,7 +108,10 @@ def make_run(tmp_path: Path) -> RunMaker:
             "validation_loss_tokens": 5210,
             "length_median": 181,
             "length_max": 322,
-            "length_histogram": {"counts": [4, 40, 120, 90, 50, 12, 4], "edges": [64.0, 101.0, 138.0, 175.0, 212.0, 249.0, 286.0, 322.0]},
+            "length_histogram": {
+                "counts": [4, 40, 120, 90, 50, 12, 4],
+                "edges": [64.0, 101.0, 138.0, 175.0, 212.0, 249.0, 286.0, 322.0],
+            },
             "max_length": 2048,
             "too_long": 0,
             "too_long_action": "refuse",
@@ -164,13 +173,23 @@ def test_texts_cannot_inject(make_run: RunMaker) -> None:
     assert "alert(" in page.text
     assert ALERT not in source
     assert "<img" not in source
-    assert [attributes.get("type") for tag, attributes in page.elements if tag == "script"] == ["application/json", None]
-    assert not [name for _, attributes in page.elements for name in attributes if name.startswith("on") or name == "style"]
+    assert [attributes.get("type") for tag, attributes in page.elements if tag == "script"] == [
+        "application/json",
+        None,
+    ]
+    assert not [
+        name for _, attributes in page.elements for name in attributes if name.startswith("on") or name == "style"
+    ]
 
 
 def test_page_loads_nothing(make_run: RunMaker) -> None:
     source, page = read(make_run())
-    loaded = [attributes[name] or "" for _, attributes in page.elements for name in ("src", "href", "data", "action") if name in attributes]
+    loaded = [
+        attributes[name] or ""
+        for _, attributes in page.elements
+        for name in ("src", "href", "data", "action")
+        if name in attributes
+    ]
     assert all(target.startswith("#") for target in loaded)
     assert not re.search(r"url\(|@import", source)
     policy = next(attributes["content"] or "" for tag, attributes in page.elements if "http-equiv" in attributes)
@@ -248,21 +267,14 @@ def test_without_samples_and_with_start(make_run: RunMaker) -> None:
     assert "7 March 2026, 14:05" in page.text
 
 
+SHARE_LOST = "1,200 tokens, 12 % of the training texts, were not trained."
+
+
 @pytest.mark.parametrize(
     ("action", "many", "lost", "expected"),
     [
-        (
-            "cut",
-            3,
-            1200,
-            "3 training examples longer than 512 tokens were cut at the limit. 1,200 tokens, 12 % of the training texts, were not trained.",
-        ),
-        (
-            "skip",
-            1,
-            1200,
-            "1 training example longer than 512 tokens was left out. 1,200 tokens, 12 % of the training texts, were not trained.",
-        ),
+        ("cut", 3, 1200, f"3 training examples longer than 512 tokens were cut at the limit. {SHARE_LOST}"),
+        ("skip", 1, 1200, f"1 training example longer than 512 tokens was left out. {SHARE_LOST}"),
         ("split", 2, 0, "2 training examples longer than 512 tokens were split into several. No token was lost."),
     ],
 )
@@ -293,7 +305,10 @@ def browse(folder: RunFolder, profile: Path, *options: str) -> tuple[str, str]:
     chromium = shutil.which("chromium")
     if chromium is None:
         pytest.skip("needs Debian's chromium: apt-get install chromium")
-    fixed = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync"
+    fixed = (
+        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+        "--disable-component-update --disable-sync --enable-logging=stderr"
+    )
     command = [
         chromium,
         *fixed.split(),
@@ -307,7 +322,9 @@ def browse(folder: RunFolder, profile: Path, *options: str) -> tuple[str, str]:
     return done.stdout, done.stderr
 
 
-@pytest.mark.parametrize(("steps", "results"), [(5000, RESULTS), (1, None)], ids=["5000 steps", "1 step, no validation"])
+@pytest.mark.parametrize(
+    ("steps", "results"), [(5000, RESULTS), (1, None)], ids=["5000 steps", "1 step, no validation"]
+)
 def test_browser_draws_charts(make_run: RunMaker, tmp_path: Path, steps: int, results: dict[str, Any] | None) -> None:
     folder = make_run(steps=steps, results=results, validate_every=500 if results else None)
     dom, log = browse(folder, tmp_path / "profile", "--window-size=390,800")

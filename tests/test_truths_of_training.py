@@ -11,15 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import sentences
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from reference import gradients, losses_one_by_one
 from safetensors import safe_open
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import finespun
+from conftest import sentences
 from finespun import finetuning
 from finespun.data.formats import Message, MessagesExample, PromptExample, TextExample
 from finespun.data.packing import step_indices
@@ -29,10 +28,11 @@ from finespun.errors import DataError, TrainingInterrupted
 from finespun.models.load import LoadedModel, load_model
 from finespun.recipe import Recipe
 from finespun.runs import RunFolder
-from finespun.training.loop import accumulate_gradients, example_losses, weighted_mean_loss
+from finespun.training.loop import accumulate_gradients, example_losses, weighted_mean
 from finespun.training.objectives.causal_lm import CausalLM
 from finespun.training.progress import Reporter
 from finespun.training.schedule import learning_rate, total_steps
+from reference import gradients, losses_one_by_one
 
 HERE = Origin("test", 1)
 
@@ -41,7 +41,10 @@ def encoded(tiny: LoadedModel, count: int = 7) -> list[TokenizedExample]:
     """Prompt examples of different lengths."""
     encoder = Encoder(tiny.tokenizer)
     texts = sentences(2 * count)
-    return [encoder.encode_example(PromptExample(texts[2 * i], texts[2 * i + 1] * (1 + i % 3), Origin("test", i + 1))) for i in range(count)]
+    return [
+        encoder.encode_example(PromptExample(texts[2 * i], texts[2 * i + 1] * (1 + i % 3), Origin("test", i + 1)))
+        for i in range(count)
+    ]
 
 
 # 1
@@ -53,10 +56,17 @@ def encoded(tiny: LoadedModel, count: int = 7) -> list[TokenizedExample]:
         (TextExample("the old ferryman", HERE), "raw"),
         (PromptExample("the old", " ferryman", HERE), "raw"),
         (PromptExample("the old", "ferryman", HERE), "chat"),
-        (MessagesExample((Message(role="user", content="who?"), Message(role="assistant", content="the ferryman")), HERE), "chat"),
+        (
+            MessagesExample(
+                (Message(role="user", content="who?"), Message(role="assistant", content="the ferryman")), HERE
+            ),
+            "chat",
+        ),
     ],
 )
-def test_01_eos_is_trained_though_it_is_the_padding_token(small_tokenizer: PreTrainedTokenizerFast, example, prompt_format) -> None:
+def test_01_eos_is_trained_though_it_is_the_padding_token(
+    small_tokenizer: PreTrainedTokenizerFast, example, prompt_format
+) -> None:
     assert small_tokenizer.pad_token_id == small_tokenizer.eos_token_id
     tokens = Encoder(small_tokenizer, prompt_format).encode_example(example)
     assert tokens.input_ids[-1] == small_tokenizer.eos_token_id
@@ -65,7 +75,9 @@ def test_01_eos_is_trained_though_it_is_the_padding_token(small_tokenizer: PreTr
 
 def test_01_a_trained_model_stops_by_itself(tiny_folder: Path, in_tmp: Path) -> None:
     rows = [{"prompt": "the old ferryman", "completion": "rowed over the slow river and said nothing"}] * 8
-    model = finespun.finetune(model=str(tiny_folder), data=rows, validation=0, epochs=30, learning_rate=0.01, batch_size=4, quiet=True)
+    model = finespun.finetune(
+        model=str(tiny_folder), data=rows, validation=0, epochs=30, learning_rate=0.01, batch_size=4, quiet=True
+    )
     (completion,) = model.complete(["the old ferryman"], max_new_tokens=60)[0]
     assert completion.text == rows[0]["completion"]
     assert completion.finish_reason == "stop"
@@ -80,7 +92,9 @@ def bos_tokenizer(small_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> P
     small_tokenizer.save_pretrained(tmp_path / "tokenizer")
     tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path / "tokenizer")
     tokenizer.add_special_tokens({"bos_token": "<s>"})
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)])
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+    )
     tokenizer.chat_template = "{{ bos_token }}" + str(small_tokenizer.chat_template)
     assert tokenizer("x")["input_ids"][0] == tokenizer.bos_token_id
     return tokenizer
@@ -102,7 +116,9 @@ def test_02_there_is_never_a_second_bos(bos_tokenizer: PreTrainedTokenizerFast, 
 
 
 @pytest.mark.parametrize("micro_batch_tokens", [1, 60, 10_000])
-def test_03_05_packing_and_splitting_a_batch_change_neither_loss_nor_gradient(tiny: LoadedModel, micro_batch_tokens: int) -> None:
+def test_03_05_packing_and_splitting_a_batch_change_neither_loss_nor_gradient(
+    tiny: LoadedModel, micro_batch_tokens: int
+) -> None:
     tiny.model.double()
     examples = encoded(tiny)
     total, weight = losses_one_by_one(tiny.model, examples)
@@ -118,11 +134,16 @@ def test_03_05_packing_and_splitting_a_batch_change_neither_loss_nor_gradient(ti
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
         # loss weights are float32, so their quotient with the total weight is exact to 1e-7 only
-        torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-8, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            found[name], gradient, rtol=1e-5, atol=1e-8, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 def test_03_a_long_example_counts_by_its_tokens_not_as_one_of_two(tiny: LoadedModel) -> None:
-    short, long = TokenizedExample([5, 6, 7], [0, 1, 1], HERE), TokenizedExample(list(range(10, 50)), [0.0] + [1.0] * 39, HERE)
+    short, long = (
+        TokenizedExample([5, 6, 7], [0, 1, 1], HERE),
+        TokenizedExample(list(range(10, 50)), [0.0] + [1.0] * 39, HERE),
+    )
     objective = CausalLM(tiny.model)
     sums, weights = example_losses(objective, [short, long], 1)
     together = accumulate_gradients(objective, [short, long], 1)
@@ -134,9 +155,14 @@ def test_03_a_long_example_counts_by_its_tokens_not_as_one_of_two(tiny: LoadedMo
 
 
 @settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
-@given(prompt=st.text(alphabet=st.sampled_from("theoldfryman \n.你好🙂é"), min_size=1, max_size=20), completion=st.text(min_size=1, max_size=20))
+@given(
+    prompt=st.text(alphabet=st.sampled_from("theoldfryman \n.你好🙂é"), min_size=1, max_size=20),
+    completion=st.text(min_size=1, max_size=20),
+)
 @pytest.mark.parametrize("prompt_format", ["raw", "chat"])
-def test_04_a_prompt_has_the_same_ids_in_training_as_at_generation(small_tokenizer, prompt_format, prompt: str, completion: str) -> None:
+def test_04_a_prompt_has_the_same_ids_in_training_as_at_generation(
+    small_tokenizer, prompt_format, prompt: str, completion: str
+) -> None:
     encoder = Encoder(small_tokenizer, prompt_format)
     ids = encoder.encode_prompt(prompt)
     example = encoder.encode_example(PromptExample(prompt, completion, HERE))
@@ -159,7 +185,10 @@ def test_04_a_boundary_that_would_merge_is_kept(small_tokenizer: PreTrainedToken
 
 
 def test_06_what_a_length_limit_cuts_is_counted() -> None:
-    examples = [TokenizedExample(list(range(10)), [0.0] + [1.0] * 9, HERE), TokenizedExample([1, 2, 3], [0, 1, 1], HERE)]
+    examples = [
+        TokenizedExample(list(range(10)), [0.0] + [1.0] * 9, HERE),
+        TokenizedExample([1, 2, 3], [0, 1, 1], HERE),
+    ]
     kept, report = fit_length(examples, 6, "cut")
     assert [len(example.input_ids) for example in kept] == [6, 3]
     assert (report.longest, report.too_long, report.tokens_lost) == (10, 1, 4)
@@ -179,7 +208,9 @@ def test_06_an_example_cut_to_nothing_trainable_is_refused_or_skipped_by_choice(
 def test_06_splitting_a_text_trains_each_token_once(length: int, size: int) -> None:
     example = TokenizedExample(list(range(length)), [0.0] + [1.0] * (length - 1), HERE)
     parts, _ = fit_length([example], size, "split")
-    trained = [token for part in parts for token, weight in zip(part.input_ids, part.loss_weights, strict=True) if weight]
+    trained = [
+        token for part in parts for token, weight in zip(part.input_ids, part.loss_weights, strict=True) if weight
+    ]
     assert trained == list(range(1, length))
     assert all(len(part.input_ids) <= size and part.loss_weights[0] == 0 for part in parts)
 
@@ -229,7 +260,10 @@ def assert_same_runs(one: Path, other: Path) -> None:
     assert len(names) == 3
     for name in names:
         assert (one / name).read_bytes() == (other / name).read_bytes(), name
-    losses = [[(line["step"], line["loss"], line.get("validation_loss")) for line in RunFolder(run).metrics()] for run in (one, other)]
+    losses = [
+        [(line["step"], line["loss"], line.get("validation_loss")) for line in RunFolder(run).metrics()]
+        for run in (one, other)
+    ]
     assert losses[0] == losses[1]
 
 
@@ -256,15 +290,20 @@ def test_08_stopped_by_a_signal_and_resumed_equals_uninterrupted(
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
-def test_08_killed_between_checkpoints_and_resumed_equals_uninterrupted(tiny_folder: Path, in_tmp: Path, method: str) -> None:
+def test_08_killed_between_checkpoints_and_resumed_equals_uninterrupted(
+    tiny_folder: Path, in_tmp: Path, method: str
+) -> None:
     finetuning.finetune(train_in(in_tmp, tiny_folder, method, "whole"), reporter=Reporter(quiet=True))
     (in_tmp / "recipe.yaml").write_text(train_in(in_tmp, tiny_folder, method, "broken").to_yaml())
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    process = subprocess.Popen([sys.executable, "-m", "finespun", "train", "recipe.yaml"], stderr=subprocess.PIPE, text=True, env=environment)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "finespun", "train", "recipe.yaml"], stderr=subprocess.PIPE, text=True, env=environment
+    )
     metrics = Path("broken/metrics.jsonl")
     deadline = time.monotonic() + 120
     while not metrics.is_file() or metrics.read_text().count("\n") < 11:
-        assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
         time.sleep(0.001)
     process.kill()
     process.communicate()
@@ -307,8 +346,13 @@ def test_09_tied_embeddings_stay_tied(tiny_folder: Path, in_tmp: Path) -> None:
 
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_10_greedy_text_is_the_same_on_every_road(smollm2_folder: Path, in_tmp: Path, method: str) -> None:
-    rows = [{"prompt": f"Say {word}.", "completion": f"I say {word}, and {word} again."} for word in ("boat", "mill", "heron", "river")]
-    model = finespun.load("smollm2-135m").finetune(rows, max_steps=3, batch_size=4, learning_rate=1e-3, method=method, validation=0, quiet=True)
+    rows = [
+        {"prompt": f"Say {word}.", "completion": f"I say {word}, and {word} again."}
+        for word in ("boat", "mill", "heron", "river")
+    ]
+    model = finespun.load("smollm2-135m").finetune(
+        rows, max_steps=3, batch_size=4, learning_rate=1e-3, method=method, validation=0, quiet=True
+    )
     prompts = ["Say boat.", "Say ferryman.", "What is a mill?"]
     expected = model.generate(prompts, max_new_tokens=24)
     assert len(set(expected)) == 3
@@ -324,14 +368,18 @@ def test_10_greedy_text_is_the_same_on_every_road(smollm2_folder: Path, in_tmp: 
         model.save("merged", merge_adapter=True)
         assert finespun.load("merged").generate(prompts, max_new_tokens=24) == expected, "merged"
         merged = AutoModelForCausalLM.from_pretrained("merged")
-        assert [plain_greedy(merged, tokenizer, prompt) for prompt in prompts] == expected, "merged, in plain transformers"
+        assert [plain_greedy(merged, tokenizer, prompt) for prompt in prompts] == expected, (
+            "merged, in plain transformers"
+        )
     else:
         plain = AutoModelForCausalLM.from_pretrained(model.run.model)
     assert [plain_greedy(plain, tokenizer, prompt) for prompt in prompts] == expected, "in plain transformers or peft"
 
 
 def plain_greedy(model, tokenizer, prompt: str) -> str:
-    inputs = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    inputs = tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
     output = model.generate(**inputs, max_new_tokens=24, do_sample=False)
     return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
@@ -341,18 +389,31 @@ def plain_greedy(model, tokenizer, prompt: str) -> str:
 
 def test_11_validation_is_whole_token_weighted_and_without_dropout(small_tokenizer: PreTrainedTokenizerFast) -> None:
     torch.manual_seed(0)
-    config = GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=len(small_tokenizer), n_positions=128, resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5)
+    config = GPT2Config(
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        vocab_size=len(small_tokenizer),
+        n_positions=128,
+        resid_pdrop=0.5,
+        embd_pdrop=0.5,
+        attn_pdrop=0.5,
+    )
     model = GPT2LMHeadModel(config).eval()
     encoder = Encoder(small_tokenizer, "raw")
     examples = [encoder.encode_example(TextExample(text * (1 + i % 3), HERE)) for i, text in enumerate(sentences(11))]
     with torch.no_grad():
         total, weight = losses_one_by_one(model, examples)
     for micro_batch_tokens in (1, 50, 10_000):
-        assert weighted_mean_loss(CausalLM(model), examples, micro_batch_tokens) == pytest.approx(float(total) / weight, rel=1e-5)
+        assert weighted_mean(example_losses(CausalLM(model), examples, micro_batch_tokens)) == pytest.approx(
+            float(total) / weight, rel=1e-5
+        )
 
 
 def test_11_the_reported_validation_loss_is_that_of_the_saved_model(tiny_folder: Path, in_tmp: Path) -> None:
-    model = finespun.load(tiny_folder).finetune(sentences(40), validation=0.3, max_steps=6, validate_every=2, batch_size=8, quiet=True)
+    model = finespun.load(tiny_folder).finetune(
+        sentences(40), validation=0.3, max_steps=6, validate_every=2, batch_size=8, quiet=True
+    )
     run = model.run
     best = min(line["validation_loss"] for line in run.metrics() if "validation_loss" in line)
     reloaded = load_model(str(run.path))
@@ -363,4 +424,6 @@ def test_11_the_reported_validation_loss_is_that_of_the_saved_model(tiny_folder:
     assert len(held_out) == run.manifest()["data"]["validation"] > 3
     loss, weight = losses_one_by_one(reloaded.model, [encoder.encode_example(example) for example in held_out])
     assert best == pytest.approx(float(loss.detach()) / weight, rel=1e-5)
-    assert run.manifest()["results"]["perplexity_after"]["value"] == pytest.approx(torch.tensor(best).exp().item(), rel=1e-4)
+    assert run.manifest()["results"]["perplexity_after"]["value"] == pytest.approx(
+        torch.tensor(best).exp().item(), rel=1e-4
+    )

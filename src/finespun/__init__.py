@@ -29,15 +29,19 @@ __version__ = version("finespun")
 
 
 def load(name: str | Path) -> TextModel:
-    """The model called `name`: a known name (`finespun models`), a hub id, a run folder, a model or adapter folder, or a
-    `.gguf` file. Raises `FinespunError` naming each place that was tried."""
+    """The model called `name`: a known name (`finespun models`), a hub id, a run, model or adapter folder, or a `.gguf`
+    file. Raises `FinespunError` naming each place that was tried."""
     from finespun.text_model import TextModel
 
     return TextModel.load(name)
 
 
 def finetune(
-    recipe: Recipe | None = None, *, data: str | Path | Items | Mapping[str, Any] | None = None, quiet: bool = False, **keywords: Any
+    recipe: Recipe | None = None,
+    *,
+    data: str | Path | Items | Mapping[str, Any] | None = None,
+    quiet: bool = False,
+    **keywords: Any,
 ) -> TextModel:
     """Runs a recipe, or the one that keywords describe, and returns the trained model; its run folder is `.run`.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 from finespun.errors import RunError
@@ -27,7 +27,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
+def new_folder(path: Path) -> Generator[Path]:
     """A temporary folder to fill, which becomes `path` (replacing a folder there) when the block ends well, and
     vanishes when it does not. Raises `RunError` where the disk does not take it."""
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
@@ -63,7 +63,7 @@ def append_line(path: Path, line: str) -> None:
         raise RunError(_explain(path, error)) from error
 
 
-def _explain(path: Path, error: Exception) -> str:
+def _explain(path: Path, error: BaseException) -> str:
     reason = getattr(error, "strerror", None) or str(error)
     free = ""
     with contextlib.suppress(OSError):

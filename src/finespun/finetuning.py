@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from finespun.recipe import Recipe
 from finespun.report import write_report
 from finespun.runs import RunFolder, default_out, environment
 from finespun.training.checkpoint import Checkpoint, newest_checkpoint
-from finespun.training.loop import ResolvedTraining, example_losses, train
+from finespun.training.loop import ResolvedTraining, example_losses, tokens_per_second, train
 from finespun.training.objectives.causal_lm import CausalLM
 from finespun.training.progress import Reporter
 from finespun.training.schedule import settle
@@ -53,17 +54,15 @@ class _Prepared:
     tokens: Tokens
     loaded: LoadedModel
     encoder: Encoder
+    objective: CausalLM
     steps: int
     manifest: dict[str, Any]
 
 
-def finetune(
-    recipe: Recipe, items: Items | None = None, loaded: LoadedModel | None = None, reporter: Reporter | None = None
-) -> FinishedRun:
-    """Runs `recipe` into a new run folder.
+def finetune(recipe: Recipe, items: Items | None = None, reporter: Reporter | None = None) -> FinishedRun:
+    """Runs `recipe` into a new run folder; `items`, texts or dicts of columns, take the place of the recipe's source.
 
-    `items`, texts or dicts of columns, take the place of the recipe's source; `loaded`, a model in memory, of its
-    model. Raises the errors of `finespun.errors`; those before the first step leave nothing behind.
+    Raises the errors of `finespun.errors`; those before the first step leave nothing behind.
     """
     reporter = reporter or Reporter()
     recipe = recipe.model_copy(deep=True)
@@ -75,8 +74,11 @@ def finetune(
     rows = None
     if items is not None:
         recipe.data.source = [str(folder.data.absolute())]
-        rows = "".join(json.dumps(item if isinstance(item, Mapping) else {"text": item}, ensure_ascii=False, default=str) + "\n" for item in items)
-    run = _prepare(recipe, texts, loaded, reporter)
+        rows = "".join(
+            json.dumps(item if isinstance(item, Mapping) else {"text": item}, ensure_ascii=False, default=str) + "\n"
+            for item in items
+        )
+    run = _prepare(recipe, texts, reporter)
     if rows is not None:
         run.manifest["data"]["files"][str(folder.data.absolute())] = hashlib.sha256(rows.encode()).hexdigest()
     folder.create(recipe, run.manifest)
@@ -95,11 +97,12 @@ def resume(path: str | Path, reporter: Reporter | None = None) -> FinishedRun:
     recipe = folder.recipe()
     if folder.report.exists():
         raise RunError(f"{folder.path}: this run is finished. To train on, start a new run with --model {folder.path}.")
-    run = _prepare(recipe, read_texts(recipe.data), None, reporter)
+    run = _prepare(recipe, read_texts(recipe.data), reporter)
     recorded = folder.manifest()
-    for key in ("data", "base"):
-        if changed := [name for name, value in run.manifest[key].items() if recorded[key].get(name) != value]:
-            raise RunError(f"{folder.path}: the {key} is not what this run began with ({', '.join(changed)} changed). Restore it, or start a new run.")
+    for part, key, what in (("data", "files", "data files are"), ("base", "sha256", f"weights of {recipe.model} are")):
+        if recorded[part][key] != run.manifest[part][key]:
+            raise RunError(f"{folder.path}: the {what} not those it began with. Restore them, or start a new run.")
+    run.manifest["started"] = recorded["started"]
     checkpoint = newest_checkpoint(folder.checkpoints)
     done = checkpoint.state.step if checkpoint else 0
     folder.keep_metrics_through(done)
@@ -107,77 +110,99 @@ def resume(path: str | Path, reporter: Reporter | None = None) -> FinishedRun:
     return _run(run, folder, reporter, resume_from=checkpoint)
 
 
-def _prepare(recipe: Recipe, texts: Texts, loaded: LoadedModel | None, reporter: Reporter) -> _Prepared:
+def _prepare(recipe: Recipe, texts: Texts, reporter: Reporter) -> _Prepared:
     """Reads, encodes and decides all that can fail before a step; completes `recipe`."""
     for line in texts.how:
         reporter.say(line)
-    if loaded is None:
-        location = locate(recipe.model)
-        reporter.say(f"Loading {recipe.model} from {location.path}" + (" (converted once, about a minute)" if location.kind == "package" else ""))
-        loaded = load_model(recipe.model, precision="float32")
+    location = locate(recipe.model)
+    if Path(recipe.model).exists():
+        recipe.model = str(Path(recipe.model).absolute())
+    once = " (converted once, about a minute)" if location.kind == "package" else ""
+    reporter.say(f"Loading {recipe.model} from {location.path}{once}")
+    loaded = load_model(recipe.model, precision="float32")
     recipe.data.prompt_format = resolve_prompt_format(loaded.tokenizer, texts.shape, recipe.data.prompt_format)
     encoder = Encoder(loaded.tokenizer, recipe.data.prompt_format)
     tokens = encode_texts(texts, encoder, recipe.data, loaded.context_length)
-    recipe.training.precision = recipe.training.precision or faster_precision(loaded.device)
-    steps = settle(recipe.training, len(tokens.train), loaded.causal_lm.num_parameters())
+    trainable = _make_trainable(loaded, recipe)
+    objective = CausalLM(loaded.causal_lm)
+    settings = recipe.training
+    settings.precision = settings.precision or faster_precision(loaded.device)
+    steps = settle(
+        settings,
+        examples=len(tokens.train),
+        tokens=sum(len(example.input_ids) for example in tokens.train),
+        validation_tokens=sum(len(example.input_ids) for example in tokens.validation),
+        parameters=loaded.causal_lm.num_parameters(),
+        tokens_per_second=lambda: tokens_per_second(objective, tokens.train, settings.micro_batch_tokens or 1),
+    )
     manifest = {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "data": _describe(texts, tokens, recipe),
-        "base": {"name": loaded.base_name, "sha256": weights_sha256(loaded.base_path), "parameters": loaded.causal_lm.num_parameters()},
+        "base": {
+            "name": loaded.base_name,
+            "sha256": weights_sha256(loaded.base_path),
+            "parameters": loaded.causal_lm.num_parameters(),
+        },
         "seed": recipe.training.seed,
         "environment": environment(),
     }
     for line in _summary(manifest["data"]):
         reporter.say(line)
-    return _Prepared(recipe, texts, tokens, loaded, encoder, steps, manifest)
+    reporter.say(
+        f"{trainable / 1e6:.1f} M parameters to train ({settings.method}, {settings.precision}): {steps} steps of "
+        f"{settings.batch_size} examples, learning rate up to {settings.learning_rate:g}"
+    )
+    if objective.why_slow:
+        reporter.say(f"Examples are computed one by one, since {objective.why_slow}.")
+    return _Prepared(recipe, texts, tokens, loaded, encoder, objective, steps, manifest)
 
 
 def _run(run: _Prepared, folder: RunFolder, reporter: Reporter, resume_from: Checkpoint | None) -> FinishedRun:
     """Measures, trains, measures again and writes the model and the report."""
-    recipe, loaded, tokens = run.recipe, run.loaded, run.tokens
+    recipe, loaded, tokens, objective = run.recipe, run.loaded, run.tokens, run.objective
     training = ResolvedTraining.from_recipe(recipe.training, run.steps)
-    if loaded.has_adapter and recipe.training.method == "full":
-        loaded.model = merge(loaded.model)
-    objective = CausalLM(loaded.causal_lm)
-    if objective.why_slow:
-        reporter.say(f"Computing one example at a time, since {objective.why_slow}.")
-
     reporter.say("Measuring the model as it is")
     before = example_losses(objective, tokens.validation, training.micro_batch_tokens)
     samples = folder.samples() or _write_out(_sample_prompts(run), "before", run)
     folder.write_samples(samples)
-
-    trainable = _make_trainable(run)
-    reporter.say(
-        f"Training {trainable / 1e6:.1f} M parameters ({recipe.training.method}, {recipe.training.precision}): {run.steps} steps "
-        f"of {training.batch_size} examples, learning rate up to {training.learning_rate:g}"
-    )
     try:
-        state = train(
-            loaded.model, objective, tokens.train, tokens.validation, training, folder.checkpoints, folder.append_metrics, reporter, resume_from
+        state, best = train(
+            loaded.model,
+            objective,
+            tokens.train,
+            tokens.validation,
+            training,
+            folder.checkpoints,
+            folder.append_metrics,
+            reporter,
+            resume_from,
         )
     except TrainingInterrupted as stop:
         raise TrainingInterrupted(f"{stop} Go on with: finespun train --resume {folder.path}") from None
 
     save_model(loaded, run.encoder.stop_ids, folder.model)
-    reporter.say("Measuring the trained model")
     if tokens.validation:
-        after = example_losses(objective, tokens.validation, training.micro_batch_tokens)
+        losses, weights = before
+        after, _ = best or example_losses(objective, tokens.validation, training.micro_batch_tokens)
         run.manifest["results"] = {
             "best_step": state.best_step,
-            "perplexity_before": asdict(perplexity(*before)),
-            "perplexity_after": asdict(perplexity(*after)),
-            "perplexity_ratio": asdict(perplexity_ratio(before[0], after[0], before[1])),
+            "perplexity_before": asdict(perplexity(losses, weights)),
+            "perplexity_after": asdict(perplexity(after, weights)),
+            "perplexity_ratio": asdict(perplexity_ratio(losses, after, weights)),
         }
         folder.write_manifest(run.manifest)
+    reporter.say("Writing samples and the report")
     folder.write_samples(_write_out(samples, "after", run))
     write_report(folder)
     return FinishedRun(folder, loaded, run.encoder)
 
 
-def _make_trainable(run: _Prepared) -> int:
-    """Sets which parameters get a gradient, putting an adapter in place for LoRA; returns how many numbers these are."""
-    loaded, recipe = run.loaded, run.recipe
+def _make_trainable(loaded: LoadedModel, recipe: Recipe) -> int:
+    """Sets which parameters get a gradient; returns how many numbers that is. A new adapter changes nothing of what
+    the model says before it is trained."""
     if recipe.training.method == "full":
+        if loaded.has_adapter:
+            loaded.model = merge(loaded.model)
         loaded.model.requires_grad_(True)
     elif loaded.has_adapter:
         for name, parameter in loaded.model.named_parameters():
@@ -237,13 +262,17 @@ def _loss_tokens(examples: Sequence[TokenizedExample]) -> int:
 
 def _summary(data: Mapping[str, Any]) -> list[str]:
     lines = [
-        f"{data['train']} training and {data['validation']} validation examples ({data['shape']}, prompted {data['prompt_format']}); "
+        f"{data['train']} training and {data['validation']} validation examples ({data['shape']}, "
+        f"prompted {data['prompt_format']}); "
         f"{data['train_tokens']:,} training tokens, {data['train_loss_tokens']:,} of them with loss; "
         f"longest {data['length_max']}, limit {data['max_length']}"
     ]
     if data["too_long"]:
         did = {"cut": "were cut", "skip": "were left out", "split": "were split into several"}[data["too_long_action"]]
-        lines.append(f"{data['too_long']} examples longer than {data['max_length']} tokens {did}; {data['tokens_lost']:,} tokens are not trained.")
+        lines.append(
+            f"{data['too_long']} examples longer than {data['max_length']} tokens {did}; "
+            f"{data['tokens_lost']:,} tokens are not trained."
+        )
     return lines
 
 

@@ -21,7 +21,9 @@ from finespun.errors import RecipeError
 class Section(BaseModel):
     """A part of the recipe: unknown keys are refused, values are not coerced into something else silently."""
 
-    model_config = ConfigDict(extra="forbid", validate_assignment=True, allow_inf_nan=False, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", validate_assignment=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class TemplateRecipe(Section):
@@ -75,6 +77,9 @@ class DataRecipe(Section):
             for key in ("source", "validation"):
                 if isinstance(value.get(key), str | Path):
                     value[key] = [str(value[key])]
+            match value.get("validation"):
+                case [str(alone)] if alone.replace(".", "", 1).isdigit():  # a share, as the command line gives it
+                    value["validation"] = float(alone)
         return value
 
 
@@ -98,6 +103,8 @@ class TrainingRecipe(Section):
     """Passes over the training examples."""
     max_steps: Annotated[int, Field(ge=1)] | None = None
     """Stop after so many steps, whatever the epochs."""
+    max_minutes: Annotated[float, Field(gt=0)] | None = None
+    """Take no more steps than fit into so many minutes on this machine; the speed is measured first."""
     batch_size: Annotated[int, Field(ge=1)] | None = None
     """Examples in one step [default: 4 to 32, by the number of examples]."""
     learning_rate: Annotated[float, Field(gt=0)] | None = None
@@ -109,7 +116,7 @@ class TrainingRecipe(Section):
     max_gradient_norm: Annotated[float, Field(gt=0)] = 1.0
     """Longer gradients are scaled down to this length."""
     validate_every: Annotated[int, Field(ge=1)] | None = None
-    """Steps between validations [default: ten in a run]."""
+    """Steps between validations [default: ten in a run, or as many as take a tenth of its time]."""
     save_every: Annotated[int, Field(ge=1)] | None = None
     """Steps between checkpoints [default: at each validation]."""
     precision: Literal["float32", "bfloat16"] | None = None
@@ -177,7 +184,10 @@ class Recipe(Section):
         if content is None:
             content = {}
         if not isinstance(content, dict):
-            raise RecipeError(f"{path}: a recipe is a YAML mapping of keys such as `model` and `data`, not a {type(content).__name__}.")
+            raise RecipeError(
+                f"{path}: a recipe is a YAML mapping of keys such as `model` and `data`, not "
+                f"a {type(content).__name__}."
+            )
         try:
             return cls.parse(content, *overrides)
         except RecipeError as error:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 
 from finespun.files import write_text
 from finespun.runs import RunFolder
@@ -33,7 +32,11 @@ def write_report(folder: RunFolder) -> None:
     Raises `RunError` where the manifest cannot be read or the disk does not take the page.
     """
     environment = Environment(
-        loader=FileSystemLoader(HERE, encoding="utf-8"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=FileSystemLoader(HERE, encoding="utf-8"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters |= {
         "count": _count,
@@ -59,14 +62,16 @@ def _view(folder: RunFolder) -> dict[str, Any]:
         "first": metrics[0] if metrics else None,
         "last": metrics[-1] if metrics else None,
         "tokens_trained": sum(line["tokens"] for line in metrics),
-        "duration": _duration(sum(line["tokens"] / line["tokens_per_second"] for line in metrics if line["tokens_per_second"])),
+        "duration": _duration(
+            sum(line["tokens"] / line["tokens_per_second"] for line in metrics if line["tokens_per_second"])
+        ),
         "points": _validation_points(metrics, results),
         "charts": _charts(metrics, results),
         "samples": [_sample(sample) for sample in folder.samples()],
         "length_limit": _length_limit(data),
         "bars": _bars(data["length_histogram"], data["length_median"]),
         "recipe": folder.recipe_file.read_text(encoding="utf-8"),
-        "vendor": {name: Markup((UPLOT / file).read_text(encoding="utf-8")) for name, file in UPLOT_FILES.items()},
+        "vendor": {name: (UPLOT / file).read_text(encoding="utf-8") for name, file in UPLOT_FILES.items()},
     }
 
 
@@ -76,7 +81,10 @@ def _change(ratio: Mapping[str, float]) -> dict[str, str]:
     shown = {"value": _signed(value), "low": _signed(low), "high": _signed(high), "size": _percent(abs(value))}
     if math.isinf(high):
         word = "lower" if value < 0 else "higher"
-        return shown | {"kind": "unclear", "headline": f"Perplexity is {_percent(abs(value))} {word} on the only held-out text"}
+        return shown | {
+            "kind": "unclear",
+            "headline": f"Perplexity is {_percent(abs(value))} {word} on the only held-out text",
+        }
     if low <= 0 <= high:
         return shown | {"kind": "unclear", "headline": "No clear change in perplexity on unseen texts"}
     verb = "fell" if value < 0 else "rose"
@@ -93,8 +101,9 @@ def _charts(metrics: Sequence[Mapping[str, Any]], results: Mapping[str, Any] | N
 
 def _validation_points(metrics: Iterable[Mapping[str, Any]], results: Mapping[str, Any] | None) -> list[dict[str, Any]]:
     """Rows of the table that stands in for the chart: step, epoch, loss, and whether the kept model is from there."""
-    rows = [_step_zero(results)] if results else []
-    rows += [line for line in metrics if line.get("validation_loss") is not None]
+    rows = [line for line in metrics if line.get("validation_loss") is not None]
+    if results:
+        rows = [_step_zero(results), *rows]
     best = results["best_step"] if results else None
     return [
         {
@@ -113,14 +122,13 @@ def _length_limit(data: Mapping[str, Any]) -> str:
     limit = f"{_count(data['max_length'])} tokens"
     if not data["too_long"]:
         return f"Every training example fits within the limit of {limit}: nothing was cut, left out or split."
-    lost, many = data["tokens_lost"], data["too_long"] != 1
-    examples = f"{_count(data['too_long'])} training example{'s' if many else ''} longer than {limit} {'were' if many else 'was'}"
-    share = (
-        f"{_count(lost)} tokens, {_percent(100 * lost / (lost + data['train_tokens']))} of the training texts, were not trained."
-        if lost
-        else "No token was lost."
-    )
-    return f"{examples} {LENGTH_ACTIONS[data['too_long_action']]}. {share}"
+    were = "s longer than {} were" if data["too_long"] != 1 else " longer than {} was"
+    done = f"{_count(data['too_long'])} training example{were.format(limit)} {LENGTH_ACTIONS[data['too_long_action']]}."
+    lost = data["tokens_lost"]
+    if not lost:
+        return f"{done} No token was lost."
+    share = _percent(100 * lost / (lost + data["train_tokens"]))
+    return f"{done} {_count(lost)} tokens, {share} of the training texts, were not trained."
 
 
 def _count(number: float) -> str:
@@ -177,7 +185,12 @@ def _sample(sample: Mapping[str, Any]) -> dict[str, Any]:
     prompt = sample["prompt"]
     turns = [{"role": "", "content": prompt}] if isinstance(prompt, str) else prompt
     columns = [
-        {"kind": when, "title": f"{when.capitalize()} training", "text": sample[when], "ended": sample[f"{when}_finish_reason"]}
+        {
+            "kind": when,
+            "title": f"{when.capitalize()} training",
+            "text": sample[when],
+            "ended": sample[f"{when}_finish_reason"],
+        }
         for when in ("before", "after")
     ]
     if sample["reference"] is not None:
@@ -194,7 +207,12 @@ def _bars(histogram: Mapping[str, Sequence[float]], median: float) -> dict[str, 
         for number, start, end in zip(counts, edges, edges[1:], strict=False)
     ]
     ticks = [edges[0], (edges[0] + edges[-1]) / 2, edges[-1]]
-    return {"bars": bars, "ticks": ticks, "highest": highest, "median": len(counts) * (median - edges[0]) / (edges[-1] - edges[0])}
+    return {
+        "bars": bars,
+        "ticks": ticks,
+        "highest": highest,
+        "median": len(counts) * (median - edges[0]) / (edges[-1] - edges[0]),
+    }
 
 
 def _date(started: str | None) -> str | None:

@@ -1,12 +1,12 @@
 """The run folder: what a run leaves behind, and how it is read back.
 
-    recipe.yaml      the resolved recipe, which runs again as it is
-    manifest.json    hashes of data and base model, versions, hardware, what the data was, the results
-    metrics.jsonl    one object a step
-    checkpoints/     step-000123/, complete states to go on from
-    samples.jsonl    held-out prompts with the texts before and after
-    model/           the trained model, a Hugging Face or PEFT folder
-    report.html      all of it for people
+recipe.yaml      the resolved recipe, which runs again as it is
+manifest.json    hashes of data and base model, versions, hardware, what the data was, the results
+metrics.jsonl    one object a step
+checkpoints/     step-000123/, complete states to go on from
+samples.jsonl    held-out prompts with the texts before and after
+model/           the trained model, a Hugging Face or PEFT folder
+report.html      all of it for people
 """
 
 from __future__ import annotations
@@ -55,7 +55,10 @@ class RunFolder:
     def check_free(self) -> None:
         """Raises `RunError` if the folder holds a run, or anything else, already."""
         if self.recipe_file.exists():
-            raise RunError(f"{self.path}: already holds a run. Choose another --out, or go on with it: finespun train --resume {self.path}")
+            raise RunError(
+                f"{self.path}: already holds a run. Choose another --out, or go on with it: "
+                f"finespun train --resume {self.path}"
+            )
         if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             raise RunError(f"{self.path}: is there already and is not empty. Choose another --out.")
 
@@ -104,12 +107,18 @@ class RunFolder:
         write_text(self.path / "metrics.jsonl", "".join(json.dumps(metrics) + "\n" for metrics in kept))
 
     def write_samples(self, samples: Sequence[Mapping[str, Any]]) -> None:
-        write_text(self.path / "samples.jsonl", "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples))
+        write_text(
+            self.path / "samples.jsonl", "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
+        )
 
     def samples(self) -> list[dict[str, Any]]:
         """Held-out prompts with the texts before and, at the end of a run, after; empty before they were written."""
         file = self.path / "samples.jsonl"
-        return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line] if file.is_file() else []
+        return (
+            [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
+            if file.is_file()
+            else []
+        )
 
 
 def default_out(name: str) -> Path:
@@ -140,6 +149,8 @@ def environment() -> dict[str, Any]:
 def _processor() -> str:
     """The processor's name where the system tells it, else its architecture."""
     file = Path("/proc/cpuinfo")
-    if file.is_file() and (match := re.search(r"^model name\s*:\s*(.+)$", file.read_text(encoding="utf-8", errors="ignore"), re.MULTILINE)):
+    if file.is_file() and (
+        match := re.search(r"^model name\s*:\s*(.+)$", file.read_text(encoding="utf-8", errors="ignore"), re.MULTILINE)
+    ):
         return match[1]
     return platform.processor() or platform.machine()

@@ -30,7 +30,10 @@ class TextModel:
     `run` is the folder of the run that trained it last, if this object has seen one.
     """
 
-    def __init__(self, loaded: LoadedModel, encoder: Encoder | None = None, run: RunFolder | None = None) -> None:
+    def __init__(
+        self, source: str, loaded: LoadedModel, encoder: Encoder | None = None, run: RunFolder | None = None
+    ) -> None:
+        self._source = source  # the name under which `load` gives this model again
         self._loaded = loaded
         self._encoder = encoder or Encoder(loaded.tokenizer)
         self.run = run
@@ -39,12 +42,12 @@ class TextModel:
     def load(cls, name: str | Path) -> TextModel:
         """The model called `name`: a known name (`finespun models`), a hub id, a run folder, a model or adapter folder,
         or a `.gguf` file. Raises `ModelNotFound` or `ModelError`."""
-        return cls(load_model(str(name)))
+        return cls(str(name), load_model(str(name)))
 
     @classmethod
     def of_run(cls, finished: FinishedRun) -> TextModel:
         """The model that a run has just trained."""
-        return cls(finished.loaded, finished.encoder, finished.folder)
+        return cls(str(finished.folder.path), finished.loaded, finished.encoder, finished.folder)
 
     @overload
     def generate(self, prompt: str, **sampling: Any) -> str: ...
@@ -81,13 +84,10 @@ class TextModel:
 
     def finetune(self, data: str | Path | Items | Mapping[str, Any], quiet: bool = False, **keywords: Any) -> TextModel:
         """Trains this model on `data`: a file or folder, a list of texts or of dicts, or the keys of the recipe's
-        section `data`. Keywords are those of a recipe (`epochs=3`, `method="lora"`, `out="runs/stories"`). Returns itself,
-        trained; the run folder is `self.run`. Raises the errors of `finespun.errors`."""
-        recipe, items = recipe_and_items(data, model=self._loaded.base_name, **keywords)
-        finished = finetune(recipe, items, self._loaded, Reporter(quiet))
-        if not finished.loaded.has_adapter:
-            finished.loaded.base_name, finished.loaded.base_path = str(finished.folder.model.absolute()), finished.folder.model
-        self._loaded, self._encoder, self.run = finished.loaded, finished.encoder, finished.folder
+        section `data`. Keywords are those of a recipe (`epochs=3`, `method="lora"`, `out="runs/stories"`). Returns
+        itself, trained; the run folder is `self.run`. Raises the errors of `finespun.errors`."""
+        recipe, items = recipe_and_items(data, model=self._source, **keywords)
+        vars(self).update(vars(TextModel.of_run(finetune(recipe, items, Reporter(quiet)))))
         return self
 
     def save(self, folder: str | Path, merge_adapter: bool = False) -> Path:
@@ -99,10 +99,13 @@ class TextModel:
         if merge_adapter and self._loaded.has_adapter:
             self._loaded.model = merge(self._loaded.model)
         save_model(self._loaded, self._encoder.stop_ids, path)
+        self._source = str(path)
         return path
 
 
-def recipe_and_items(data: str | Path | Items | Mapping[str, Any] | None, **keywords: Any) -> tuple[Recipe, Items | None]:
+def recipe_and_items(
+    data: str | Path | Items | Mapping[str, Any] | None, **keywords: Any
+) -> tuple[Recipe, Items | None]:
     """The recipe that Python keywords describe, and the data where it is a list in memory instead of files."""
     if data is None:
         return Recipe.from_keywords(**keywords), None

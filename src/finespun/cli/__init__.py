@@ -19,6 +19,7 @@ app = App(
     help="Turn a pretrained language model and your own texts into a model that writes what you need.",
     help_format="plaintext",
     version_flags=["--version"],
+    result_action="return_value",
     default_parameter=Parameter(negative=()),
 )
 # named, not imported: what a command needs is loaded when it is called
@@ -28,7 +29,7 @@ app.command("finespun.cli.models:models", help="List the known models and which 
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs a command. A person's mistake is one message on stderr and exit code 2; a bug of ours keeps its traceback."""
+    """Runs a command. A person's mistake is one message on stderr and exit code 2; a bug keeps its traceback."""
     tokens = [_spelled_out(token) for token in (sys.argv[1:] if arguments is None else arguments)]
     try:
         app(tokens, exit_on_error=False, print_error=False)

@@ -73,6 +73,8 @@ def _read_prompts(path: Path) -> list[Prompt]:
     for row in rows:
         prompt = next((row.columns[key] for key in ("prompt", "messages", "text") if key in row.columns), None)
         if prompt is None:
-            raise DataError(f"{row.origin}: has neither `prompt` nor `messages`; it has {', '.join(map(repr, row.columns))}.")
+            raise DataError(
+                f"{row.origin}: has neither `prompt` nor `messages`; it has {', '.join(map(repr, row.columns))}."
+            )
         found.append(prompt)
     return found

@@ -94,7 +94,9 @@ def _shape_of(rows: Sequence[Row]) -> Shape:
         shape = _detect(row.columns)
         if shape is None:
             has = ", ".join(map(repr, row.columns)) or "nothing"
-            faults.append(f"{row.origin}: has neither `text`, nor `prompt` and `completion`, nor `messages`; it has {has}.")
+            faults.append(
+                f"{row.origin}: has neither `text`, nor `prompt` and `completion`, nor `messages`; it has {has}."
+            )
         else:
             first.setdefault(shape, row)
     raise_all(faults, "Rename the columns, or build the texts with data.template.prompt and data.template.completion.")
@@ -153,7 +155,10 @@ def _render(rows: Sequence[Row], template: Mapping[str, str]) -> list[Row]:
         try:
             rendered.append(Row({name: piece.render(row.columns) for name, piece in compiled.items()}, row.origin))
         except Exception as error:  # a template can raise anything that the expression in it can
-            faults.append(f"{row.origin}: the template cannot be filled ({error}); the row has {', '.join(map(repr, row.columns))}.")
+            faults.append(
+                f"{row.origin}: the template cannot be filled ({error}); the row has "
+                f"{', '.join(map(repr, row.columns))}."
+            )
     raise_all(faults)
     return rendered
 

@@ -45,7 +45,9 @@ def pack(examples: Sequence[TokenizedExample]) -> PackedBatch:
         position_ids=torch.cat([torch.arange(length) for length in lengths]),
         cu_seqlens=torch.tensor([0, *lengths]).cumsum(0),
         targets=torch.tensor([token for example in examples for token in (*example.input_ids[1:], 0)]),
-        loss_weights=torch.tensor([weight for example in examples for weight in (*example.loss_weights[1:], 0.0)], dtype=torch.float32),
+        loss_weights=torch.tensor(
+            [weight for example in examples for weight in (*example.loss_weights[1:], 0.0)], dtype=torch.float32
+        ),
     )
 
 

@@ -7,7 +7,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from finespun.data.formats import Example, Message, MessagesExample, PromptExample, Shape, TextExample, examples_from_rows
+from finespun.data.formats import (
+    Example,
+    Message,
+    MessagesExample,
+    PromptExample,
+    Shape,
+    TextExample,
+    examples_from_rows,
+)
 from finespun.data.sources import Row, builtin_sets, expand, read_file, rows_from_memory
 from finespun.data.split import hold_out
 from finespun.data.templates import Encoder, LengthReport, TokenizedExample, fit_length
@@ -57,7 +65,9 @@ def read_texts(recipe: DataRecipe, items: Items | None = None) -> Texts:
     if isinstance(recipe.validation, list):
         held, shape = examples_from_rows(_read_all(recipe.validation, recipe, texts), template)
         if shape != texts.shape:
-            raise DataError(f"The validation data has the shape {shape}, the training data {texts.shape}; they must be the same.")
+            raise DataError(
+                f"The validation data has the shape {shape}, the training data {texts.shape}; they must be the same."
+            )
         texts.train, texts.validation = examples, held
     else:
         recipe.validation = DEFAULT_VALIDATION if recipe.validation is None else recipe.validation
@@ -74,14 +84,23 @@ def encode_texts(texts: Texts, encoder: Encoder, recipe: DataRecipe, context: in
     if recipe.max_length > context:
         raise DataError(f"data.max_length {recipe.max_length} is longer than the model's context of {context} tokens.")
     if recipe.too_long == "split" and texts.shape != "text":
-        raise DataError(f"data.too_long split is for texts; the data has the shape {texts.shape}. Choose refuse, cut or skip.")
-    train, lengths = fit_length([encoder.encode_example(example) for example in texts.train], recipe.max_length, recipe.too_long)
+        raise DataError(
+            f"data.too_long split is for texts; the data has the shape {texts.shape}. Choose refuse, cut or skip."
+        )
+    train, lengths = fit_length(
+        [encoder.encode_example(example) for example in texts.train], recipe.max_length, recipe.too_long
+    )
     validation: list[TokenizedExample] = []
     if texts.validation:
-        validation, _ = fit_length([encoder.encode_example(example) for example in texts.validation], recipe.max_length, recipe.too_long)
+        validation, _ = fit_length(
+            [encoder.encode_example(example) for example in texts.validation], recipe.max_length, recipe.too_long
+        )
     for name, examples in (("training", train), ("validation", validation)):
         if examples and not any(example.trained_tokens for example in examples):
-            raise DataError(f"No token of the {name} examples carries loss, so there is nothing to learn or to measure: each text is a single token.")
+            raise DataError(
+                f"No token of the {name} examples carries loss, so there is nothing to learn or to "
+                "measure: each text is a single token."
+            )
     return Tokens(train, validation, lengths)
 
 
@@ -109,7 +128,9 @@ def _settle_sources(recipe: DataRecipe) -> None:
     sets = builtin_sets()
     if named := [source for source in recipe.source if source in sets and not Path(source).exists()]:
         if len(recipe.source) > 1:
-            raise DataError(f"{named[0]}: a set that comes with finespun has its own columns and split; train it alone.")
+            raise DataError(
+                f"{named[0]}: a set that comes with finespun has its own columns and split; train it alone."
+            )
         chosen = sets[named[0]]
         recipe.source = [str(chosen.train)]
         recipe.template = recipe.template or TemplateRecipe(**chosen.template)

@@ -83,7 +83,10 @@ def expand(sources: Iterable[str]) -> list[Path]:
             found.append(path)
         else:
             names = ", ".join(builtin_sets())
-            raise DataError(f"{source}: there is no such file or folder. Check the path; a set that comes with finespun is: {names}.")
+            raise DataError(
+                f"{source}: there is no such file or folder. Check the path; a set that comes "
+                f"with finespun is: {names}."
+            )
     return found
 
 
@@ -94,13 +97,17 @@ def read_file(path: Path, documents: Documents | None = None) -> tuple[list[Row]
     document); by default blank lines if there are any, else line ends. Blank documents and blank JSONL lines are no
     rows. Raises `DataError` that names the file and the line.
     """
-    reader = {".txt": _read_text, ".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv}.get(path.suffix.lower())
-    if reader is None:
+    kind = path.suffix.lower()
+    if kind not in SUFFIXES:
         raise DataError(f"{path}: files of this kind are not read; bring one of {', '.join(SUFFIXES)}.")
     text = _decode(path)
     if not text.strip():
         raise DataError(f"{path}: the file is empty.")
-    rows, how = _read_text(path, text, documents) if reader is _read_text else reader(path, text)
+    if kind == ".txt":
+        rows, how = _read_text(path, text, documents)
+    else:
+        rows = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv}[kind](path, text)
+        how = f"{len(rows)} rows"
     if not rows:
         raise DataError(f"{path}: the file has no rows.")
     return rows, how
@@ -132,7 +139,8 @@ def _decode(path: Path) -> str:
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         raise DataError(
-            f"{path}: is not UTF-8: byte 0x{raw[error.start]:02x} at offset {error.start} (line {line}) cannot be decoded. "
+            f"{path}: is not UTF-8: byte 0x{raw[error.start]:02x} at offset {error.start} "
+            f"(line {line}) cannot be decoded. "
             f"Convert it first, e.g. `iconv -f GB18030 -t UTF-8 {path.name}`, with the encoding it was written in."
         ) from None
 
@@ -173,7 +181,7 @@ def _paragraphs(lines: list[str]) -> Iterable[tuple[int, str]]:
             run = []
 
 
-def _read_jsonl(path: Path, text: str) -> tuple[list[Row], str]:
+def _read_jsonl(path: Path, text: str) -> list[Row]:
     rows: list[Row] = []
     faults: list[str] = []
     # not splitlines(): it also cuts at U+2028 and its like, which JSON strings may hold
@@ -191,23 +199,33 @@ def _read_jsonl(path: Path, text: str) -> tuple[list[Row], str]:
         else:
             faults.append(f"{path}, line {number}: a row is a JSON object of columns, not this: {shown}")
     raise_all(faults)
-    return rows, f"{len(rows)} rows"
+    return rows
 
 
-def _read_json(path: Path, text: str) -> tuple[list[Row], str]:
+def _read_json(path: Path, text: str) -> list[Row]:
     try:
         value = json.loads(text)
     except (json.JSONDecodeError, RecursionError) as error:
         hint = " One JSON object a line is a .jsonl file: rename it." if "Extra data" in str(error) else ""
         raise DataError(f"{path}: is not JSON ({error}).{hint}") from None
     if not isinstance(value, list):
-        raise DataError(f"{path}: holds a JSON {type(value).__name__} where a list of rows belongs: [{{...}}, {{...}}].")
-    rows = [Row({"text": item} if isinstance(item, str) else item, Origin(str(path), n)) for n, item in enumerate(value, 1)]
-    raise_all([f"{row.origin}: a row is a text or an object of columns, not {row.columns!r}." for row in rows if not isinstance(row.columns, dict)])
-    return rows, f"{len(rows)} rows"
+        raise DataError(
+            f"{path}: holds a JSON {type(value).__name__} where a list of rows belongs: [{{...}}, {{...}}]."
+        )
+    rows = [
+        Row({"text": item} if isinstance(item, str) else item, Origin(str(path), n)) for n, item in enumerate(value, 1)
+    ]
+    raise_all(
+        [
+            f"{row.origin}: a row is a text or an object of columns, not {row.columns!r}."
+            for row in rows
+            if not isinstance(row.columns, dict)
+        ]
+    )
+    return rows
 
 
-def _read_csv(path: Path, text: str) -> tuple[list[Row], str]:
+def _read_csv(path: Path, text: str) -> list[Row]:
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     rows: list[Row] = []
     faults: list[str] = []
@@ -216,15 +234,20 @@ def _read_csv(path: Path, text: str) -> tuple[list[Row], str]:
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise DataError(f"{path}: the column {twice[0]!r} stands twice in the header; rename one.")
         for number, columns in enumerate(reader, 1):
-            if None in columns or None in columns.values():
-                cells = len(names) + len(columns[None]) if None in columns else sum(value is not None for value in columns.values())  # ty: ignore[invalid-argument-type]
-                faults.append(f"{path}, row {number} (line {reader.line_num}): has {cells} cells where the header has {len(names)}.")
+            # DictReader puts surplus cells under the key None and fills missing ones with None
+            surplus = columns.pop(None, [])
+            cells = len(surplus) + sum(value is not None for value in columns.values())
+            if cells != len(names):
+                faults.append(
+                    f"{path}, row {number} (line {reader.line_num}): has {cells} cells where "
+                    f"the header has {len(names)}."
+                )
             else:
                 rows.append(Row(columns, Origin(str(path), number)))
     except csv.Error as error:
         raise DataError(f"{path}, line {reader.line_num}: is not CSV ({error}).") from None
     raise_all(faults)
-    return rows, f"{len(rows)} rows"
+    return rows
 
 
 def raise_all(faults: Sequence[str], remedy: str = "") -> None:

@@ -66,7 +66,10 @@ class Encoder:
         self.tokenizer = tokenizer
         self.prompt_format: PromptFormat = prompt_format or ("chat" if tokenizer.chat_template else "raw")
         if tokenizer.eos_token_id is None:
-            raise ModelError(f"The tokenizer of {tokenizer.name_or_path} has no end-of-sequence token, so a model cannot learn to stop.")
+            raise ModelError(
+                f"The tokenizer of {tokenizer.name_or_path} has no end-of-sequence token, so a "
+                "model cannot learn to stop."
+            )
         self._special = set(tokenizer.all_special_ids)
         # Sentence-piece tokenizers put a space before a text that stands alone; inside an example it must not be there.
         self._adds_space = self._decode(self._tokenize("\n") + self._tokenize("x")) != "\nx"
@@ -76,15 +79,22 @@ class Encoder:
         """Ids of what stands before the text that the model is to write: a raw prompt or a conversation."""
         if self.prompt_format == "raw":
             if not isinstance(prompt, str):
-                raise DataError("This model continues texts and has no chat template: give it a text instead of messages.")
+                raise DataError(
+                    "This model continues texts and has no chat template: give it a text instead of messages."
+                )
             ids = self._tokenize_start(prompt)
             # An empty prompt still needs one token to continue from.
-            return ids or [self.tokenizer.bos_token_id if self.tokenizer.bos_token_id is not None else self.tokenizer.eos_token_id]
+            return ids or [
+                self.tokenizer.bos_token_id if self.tokenizer.bos_token_id is not None else self.tokenizer.eos_token_id
+            ]
         messages = [Message(role="user", content=prompt)] if isinstance(prompt, str) else list(prompt)
         pieces = list(self._turns(messages))
         done = sum(len(piece.text) for piece in pieces)
         pieces.append(_Piece(self._render(messages, add_generation_prompt=True)[done:], trained=False))
-        return [token for piece in pieces for token in self._tokenize(piece.text)]
+        ids: list[int] = []
+        for piece in pieces:
+            ids += self._tokenize_piece(piece, first=not ids)
+        return ids
 
     def encode_example(self, example: Example) -> TokenizedExample:
         """Ids and loss weights of a training example. Raises `DataError` where what is trained cannot be verified."""
@@ -98,15 +108,18 @@ class Encoder:
                 self._verify(trained, completion, example.origin)
                 return self._finish(context + trained, [0.0] * len(context) + [1.0] * len(trained), example.origin)
             case PromptExample(prompt, completion):
-                return self._encode_turns([Message(role="user", content=prompt), Message(role="assistant", content=completion)], example.origin)
+                return self._encode_turns(
+                    [Message(role="user", content=prompt), Message(role="assistant", content=completion)],
+                    example.origin,
+                )
             case MessagesExample(messages):
                 return self._encode_turns(list(messages), example.origin)
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text that `ids` add to what stands before them, without special tokens."""
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Text that `ids` add to what stands before them."""
         anchor = self._tokenize("\n") if self._adds_space else []
-        text = self.tokenizer.decode([*anchor, *ids], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return str(text).removeprefix("\n") if anchor else str(text)
+        text = self._decode([*anchor, *ids], skip_special_tokens)
+        return text.removeprefix("\n") if anchor else text
 
     def _finish(self, ids: list[int], weights: list[float], origin: Origin) -> TokenizedExample:
         if ids[-1] != self.tokenizer.eos_token_id:
@@ -117,7 +130,7 @@ class Encoder:
         ids: list[int] = []
         weights: list[float] = []
         for piece in self._turns(messages, origin):
-            new = self._tokenize(piece.text) if not ids else self._tokenize_inside(piece.text)
+            new = self._tokenize_piece(piece, first=not ids)
             if piece.trained:
                 self._verify(new, piece.text, origin)
             ids += new
@@ -131,7 +144,10 @@ class Encoder:
         where = f"{origin}: " if origin else ""
         for message in messages:
             if inside := [token for token in self.tokenizer.all_special_tokens if token in message["content"]]:
-                raise DataError(f"{where}the {message['role']}'s words contain {inside[0]!r}, which this model reads as the end or start of a turn; remove it.")
+                raise DataError(
+                    f"{where}the {message['role']}'s words contain {inside[0]!r}, "
+                    "which this model reads as the beginning or end of a turn; remove it."
+                )
         done = ""
         for position, message in enumerate(messages):
             if message["role"] != "assistant":
@@ -139,10 +155,13 @@ class Encoder:
             before = self._render(messages[:position], add_generation_prompt=True)
             after = self._render(messages[: position + 1])
             reply = after[len(before) :]
-            words = next((form for form in (message["content"], message["content"].strip()) if reply.startswith(form)), None)
+            words = next(
+                (form for form in (message["content"], message["content"].strip()) if reply.startswith(form)), None
+            )
             if not before.startswith(done) or not after.startswith(before) or words is None:
                 raise DataError(
-                    f"{where}the chat template of this model does not repeat message {position + 1} as it was written, so it cannot "
+                    f"{where}the chat template of this model does not repeat message {position + 1} as "
+                    "it was written, so it cannot "
                     "be shown which tokens are the assistant's. Use data.prompt_format raw, or another model."
                 )
             end = self._end_of_turn(reply[len(words) :])
@@ -154,7 +173,10 @@ class Encoder:
         """The part of what a template puts behind an answer that ends it: up to its first special token."""
         found = [(tail.index(token), token) for token in self.tokenizer.all_special_tokens if token in tail]
         if not found:
-            raise ModelError("The chat template of this model ends an answer without a special token, so a model cannot learn to stop.")
+            raise ModelError(
+                "The chat template of this model ends an answer without a special token, so a "
+                "model cannot learn to stop."
+            )
         start, token = min(found)
         return tail[: start + len(token)]
 
@@ -169,13 +191,24 @@ class Encoder:
         if not messages:
             return ""
         try:
-            return str(self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=add_generation_prompt))
+            return str(
+                self.tokenizer.apply_chat_template(
+                    [{"role": m["role"], "content": m["content"]} for m in messages],
+                    tokenize=False,
+                    add_generation_prompt=add_generation_prompt,
+                )
+            )
         except jinja2.TemplateError as error:
             roles = ", ".join(message["role"] for message in messages)
-            raise DataError(f"The chat template of this model does not take a conversation of {roles}: {error}") from None
+            raise DataError(
+                f"The chat template of this model does not take a conversation of {roles}: {error}"
+            ) from None
 
     def _tokenize(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _tokenize_piece(self, piece: _Piece, first: bool) -> list[int]:
+        return self._tokenize(piece.text) if first else self._tokenize_inside(piece.text)
 
     def _tokenize_start(self, text: str) -> list[int]:
         """Ids of a text that begins a sequence: with the tokenizer's own BOS, once, and without its EOS."""
@@ -193,29 +226,34 @@ class Encoder:
         ids = self._tokenize("\n" + text)
         return ids[len(anchor) :] if ids[: len(anchor)] == anchor else self._tokenize(text)
 
-    def _decode(self, ids: Sequence[int]) -> str:
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+    def _decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens, clean_up_tokenization_spaces=False))
 
     def _verify(self, ids: Sequence[int], text: str, origin: Origin) -> None:
         """Refuses an example whose ids do not say what its text says (the normal form that the tokenizer gives a
         text is taken as the same)."""
-        bos = self.tokenizer.bos_token
+        bos = self.tokenizer.bos_token or ""
         decoded = self._decode(ids)
-        if decoded == text or (bos and decoded == bos + text):
+        if text in (decoded, decoded.removeprefix(bos), self.decode(ids, skip_special_tokens=False)):
             return
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         if backend is not None and backend.normalizer is not None:
             expected = backend.normalizer.normalize_str(text).replace("\u2581", " ")
-            if decoded.removeprefix(bos or "").strip() == expected.strip():
+            if decoded.removeprefix(bos).strip() == expected.strip():
                 return
-        at = next((i for i, (a, b) in enumerate(zip(decoded, text, strict=False)) if a != b), min(len(decoded), len(text)))
+        at = next(
+            (i for i, (a, b) in enumerate(zip(decoded, text, strict=False)) if a != b), min(len(decoded), len(text))
+        )
         raise DataError(
-            f"{origin}: this model's tokenizer cannot write the text: {text[at : at + 20]!r} becomes {decoded[at : at + 20]!r}. "
+            f"{origin}: this model's tokenizer cannot write the text: {text[at : at + 20]!r} "
+            f"becomes {decoded[at : at + 20]!r}. "
             "Use a model whose tokenizer knows these characters."
         )
 
 
-def resolve_prompt_format(tokenizer: PreTrainedTokenizerBase, shape: Shape, wanted: PromptFormat | None) -> PromptFormat:
+def resolve_prompt_format(
+    tokenizer: PreTrainedTokenizerBase, shape: Shape, wanted: PromptFormat | None
+) -> PromptFormat:
     """How prompts are put, for data of `shape`; leaves the tokenizer's chat template as the record of it.
 
     A model that is trained on raw texts is no chat model any more: it loses its chat template, so that every program
@@ -224,13 +262,17 @@ def resolve_prompt_format(tokenizer: PreTrainedTokenizerBase, shape: Shape, want
     """
     if shape == "messages" and wanted == "raw":
         raise DataError("data.prompt_format raw does not go with messages: a conversation needs a chat template.")
-    chosen: PromptFormat = wanted or ("chat" if shape == "messages" or (shape != "text" and tokenizer.chat_template) else "raw")
+    chosen: PromptFormat = wanted or (
+        "chat" if shape == "messages" or (shape != "text" and tokenizer.chat_template) else "raw"
+    )
     if shape == "text" and chosen == "chat":
         raise DataError("data.prompt_format chat does not go with plain texts, which have no prompt.")
     if chosen == "raw":
         tokenizer.chat_template = None
     elif not tokenizer.chat_template:
-        starts_with_bos = tokenizer.bos_token_id is not None and tokenizer("x")["input_ids"][0] == tokenizer.bos_token_id
+        starts_with_bos = (
+            tokenizer.bos_token_id is not None and tokenizer("x")["input_ids"][0] == tokenizer.bos_token_id
+        )
         tokenizer.chat_template = ("{{ bos_token }}" if starts_with_bos else "") + PLAIN_CHAT_TEMPLATE
     return chosen
 
@@ -245,7 +287,9 @@ class LengthReport:
     tokens_lost: int = 0
 
 
-def fit_length(examples: Sequence[TokenizedExample], max_length: int, too_long: TooLong) -> tuple[list[TokenizedExample], LengthReport]:
+def fit_length(
+    examples: Sequence[TokenizedExample], max_length: int, too_long: TooLong
+) -> tuple[list[TokenizedExample], LengthReport]:
     """`examples` with none longer than `max_length` tokens, and what was done to get there.
 
     "cut" keeps the beginning, "skip" leaves the example out, "split" makes several of it that overlap by the one
@@ -276,12 +320,22 @@ def fit_length(examples: Sequence[TokenizedExample], max_length: int, too_long: 
             kept.extend(_windows(example, max_length))
     if faults and too_long == "refuse":
         raise_all(
-            [f"{report.too_long} of {len(examples)} examples are longer than data.max_length {max_length}; the longest has {report.longest} tokens.", *faults],
-            "Raise data.max_length if the model's context allows it, or choose data.too_long cut, skip or (texts only) split.",
+            [
+                f"{report.too_long} of {len(examples)} examples are longer than data.max_length {max_length}; the "
+                f"longest has {report.longest} tokens.",
+                *faults,
+            ],
+            "Raise data.max_length if the model's context allows it, or choose data.too_long "
+            "cut, skip or (texts only) split.",
         )
-    raise_all(faults, "Raise data.max_length, shorten these prompts, or leave the examples out with data.too_long skip.")
+    raise_all(
+        faults, "Raise data.max_length, shorten these prompts, or leave the examples out with data.too_long skip."
+    )
     if not kept:
-        raise DataError(f"All {len(examples)} examples are longer than data.max_length {max_length}, and data.too_long skip leaves none.")
+        raise DataError(
+            f"All {len(examples)} examples are longer than data.max_length {max_length}, and "
+            "data.too_long skip leaves none."
+        )
     return kept, report
 
 

@@ -33,7 +33,9 @@ def perplexity_ratio(before: Sequence[float], after: Sequence[float], weights: S
     """Perplexity after divided by perplexity before, on the same examples: resampled in pairs, so that what makes an
     example hard for both does not count as doubt."""
     difference = np.asarray(after) - np.asarray(before)
-    return _interval(float(np.exp(difference.sum() / sum(weights))), np.exp(_bootstrap(difference, np.asarray(weights))))
+    return _interval(
+        float(np.exp(difference.sum() / sum(weights))), np.exp(_bootstrap(difference, np.asarray(weights)))
+    )
 
 
 def _bootstrap(losses: np.ndarray, weights: np.ndarray) -> np.ndarray:

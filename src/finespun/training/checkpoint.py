@@ -43,7 +43,9 @@ class Checkpoint:
         return load_file(self.path / "optimizer.safetensors")
 
 
-def save_checkpoint(folder: Path, state: TrainingState, weights: dict[str, torch.Tensor], moments: dict[str, torch.Tensor]) -> None:
+def save_checkpoint(
+    folder: Path, state: TrainingState, weights: dict[str, torch.Tensor], moments: dict[str, torch.Tensor]
+) -> None:
     """Writes a checkpoint under `folder`, then removes all but the newest and the best one.
 
     Raises `RunError` where the disk does not take it; the earlier ones are then still there.
@@ -53,7 +55,9 @@ def save_checkpoint(folder: Path, state: TrainingState, weights: dict[str, torch
         for name, tensors in (("weights.safetensors", weights), ("optimizer.safetensors", moments)):
             save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, new / name)
             hashes[name] = file_sha256(new / name)
-        (new / "state.json").write_text(json.dumps({**asdict(state), "sha256": hashes}, indent=2) + "\n", encoding="utf-8")
+        (new / "state.json").write_text(
+            json.dumps({**asdict(state), "sha256": hashes}, indent=2) + "\n", encoding="utf-8"
+        )
     for path in folder.glob("step-*"):
         if path not in (_path(folder, state.step), _path(folder, state.best_step)):
             shutil.rmtree(path)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import isfinite, nan
@@ -29,6 +29,12 @@ from finespun.training.objectives.causal_lm import CausalLM
 from finespun.training.optim import MasterAdamW
 from finespun.training.progress import Reporter
 from finespun.training.schedule import learning_rate
+
+SPEED_TOKENS = 1000
+"""Tokens on which the speed is measured."""
+
+ExampleLosses = tuple[list[float], list[float]]
+"""For each example Σ weight × loss in nats, and Σ weight."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +56,9 @@ class ResolvedTraining:
     @classmethod
     def from_recipe(cls, recipe: TrainingRecipe, steps: int) -> ResolvedTraining:
         """Takes the fields of the same names; all of them must have been decided."""
-        values: dict[str, Any] = {name: getattr(recipe, name) for name in cls.__dataclass_fields__ if name in TrainingRecipe.model_fields}
+        values: dict[str, Any] = {
+            name: getattr(recipe, name) for name in cls.__dataclass_fields__ if name in TrainingRecipe.model_fields
+        }
         return cls(steps=steps, compute_dtype=getattr(torch, recipe.precision or "float32"), **values)
 
 
@@ -64,15 +72,17 @@ def train(
     on_step: Callable[[dict[str, Any]], None],
     reporter: Reporter,
     resume: Checkpoint | None = None,
-) -> TrainingState:
+) -> tuple[TrainingState, ExampleLosses | None]:
     """Trains the parameters of `model` that require a gradient; they end as those of the best checkpoint.
 
+    Returns where the run stands and, unless the best step lies before `resume`, the validation losses of that step.
     `on_step` gets the metrics of each step. Checkpoints go to the folder `checkpoints`; with `resume` the run goes on
     from one of them, bit for bit as if it had not stopped. Raises `TrainingDiverged` for a loss or gradient that is
     not finite, and `TrainingInterrupted`, after saving, when SIGINT or SIGTERM came.
     """
     optimizer = MasterAdamW(model, recipe.weight_decay, recipe.compute_dtype)
     state = TrainingState()
+    best: ExampleLosses | None = None
     if resume:
         state = resume.state
         optimizer.load_state(resume.weights(), resume.moments())
@@ -101,9 +111,10 @@ def train(
             state = replace(state, step=step)
             last = step == recipe.steps
             if validation and (last or step % recipe.validate_every == 0):
-                metrics["validation_loss"] = weighted_mean_loss(objective, validation, recipe.micro_batch_tokens)
+                losses = example_losses(objective, validation, recipe.micro_batch_tokens)
+                metrics["validation_loss"] = weighted_mean(losses)
                 if state.best_loss is None or metrics["validation_loss"] < state.best_loss:
-                    state = replace(state, best_step=step, best_loss=metrics["validation_loss"])
+                    state, best = replace(state, best_step=step, best_loss=metrics["validation_loss"]), losses
             on_step(metrics)
             reporter.step(metrics, recipe.steps)
             if last or stop.is_set() or state.best_step == step or step % recipe.save_every == 0:
@@ -113,7 +124,7 @@ def train(
 
     if state.best_step is not None and state.best_step != state.step:
         optimizer.load_weights(best_checkpoint(checkpoints, state).weights())
-    return state
+    return state, best
 
 
 def accumulate_gradients(objective: CausalLM, batch: Sequence[TokenizedExample], micro_batch_tokens: int) -> float:
@@ -128,8 +139,21 @@ def accumulate_gradients(objective: CausalLM, batch: Sequence[TokenizedExample],
     return loss
 
 
+def tokens_per_second(objective: CausalLM, examples: Sequence[TokenizedExample], micro_batch_tokens: int) -> float:
+    """Speed of forward and backward passes here, measured on a few of `examples`; leaves no gradients behind."""
+    chosen: list[TokenizedExample] = []
+    while sum(len(example.input_ids) for example in chosen) < SPEED_TOKENS and len(chosen) < len(examples):
+        chosen.append(examples[len(chosen)])
+    accumulate_gradients(objective, chosen[:1], micro_batch_tokens)  # the first pass of a process is slower
+    started = time.perf_counter()
+    accumulate_gradients(objective, chosen, micro_batch_tokens)
+    seconds = time.perf_counter() - started
+    objective.model.zero_grad(set_to_none=True)
+    return sum(len(example.input_ids) for example in chosen) / seconds
+
+
 @torch.no_grad()
-def example_losses(objective: CausalLM, examples: Sequence[TokenizedExample], micro_batch_tokens: int) -> tuple[list[float], list[float]]:
+def example_losses(objective: CausalLM, examples: Sequence[TokenizedExample], micro_batch_tokens: int) -> ExampleLosses:
     """For each example Σ weight × loss (nats) and Σ weight, in the order given, summed in float64."""
     device = next(objective.model.parameters()).device
     sums: dict[int, float] = {}
@@ -141,9 +165,9 @@ def example_losses(objective: CausalLM, examples: Sequence[TokenizedExample], mi
     return [sums[id(example)] for example in examples], [sum(example.loss_weights) for example in examples]
 
 
-def weighted_mean_loss(objective: CausalLM, examples: Sequence[TokenizedExample], micro_batch_tokens: int) -> float:
-    """Σ weight × loss / Σ weight over all `examples`, nats."""
-    sums, weights = example_losses(objective, examples, micro_batch_tokens)
+def weighted_mean(losses: ExampleLosses) -> float:
+    """Σ weight × loss / Σ weight over all examples, nats."""
+    sums, weights = losses
     return sum(sums) / sum(weights)
 
 
@@ -157,14 +181,15 @@ def diverged(
     named = ", ".join(str(example.origin) for example in (culprits or batch)[:10])
     which = "These examples have no finite loss" if culprits else "Its examples"
     return TrainingDiverged(
-        f"Step {step}: the loss is {loss} and the gradient's length {norm}, so the step was not taken and the run stopped. "
+        f"Step {step}: the loss is {loss} and the gradient's length {norm}, so the step was "
+        "not taken and the run stopped. "
         f"{which}: {named}. Lower training.learning_rate, or look at these rows. "
         f"The last good checkpoint is in {checkpoints}."
     )
 
 
 @contextmanager
-def stop_requests() -> Iterator[threading.Event]:
+def stop_requests() -> Generator[threading.Event]:
     """An event that the first SIGINT or SIGTERM sets; a second SIGINT interrupts at once. Outside the main thread,
     where Python takes no signals, the event is never set."""
     event = threading.Event()

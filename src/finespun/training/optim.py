@@ -35,7 +35,9 @@ class MasterAdamW:
             {"params": [self.masters[name] for name in named if decays[name]], "weight_decay": weight_decay},
             {"params": [self.masters[name] for name in named if not decays[name]], "weight_decay": 0.0},
         ]
-        self._adamw = torch.optim.AdamW([group for group in groups if group["params"]], lr=0.0, betas=(0.9, 0.999), fused=True)
+        self._adamw = torch.optim.AdamW(
+            [group for group in groups if group["params"]], lr=0.0, betas=(0.9, 0.999), fused=True
+        )
 
     @torch.no_grad()
     def step(self, rate: float, max_gradient_norm: float) -> float:

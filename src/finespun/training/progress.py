@@ -32,7 +32,12 @@ class Reporter:
         """Begins to follow a run at `step` of `steps`."""
         self._first_step, self._started, self._last_line = step, time.monotonic(), 0.0
         if self._console.is_terminal and not self._console.quiet:
-            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[figures]}"), TimeRemainingColumn())
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.fields[figures]}"),
+                TimeRemainingColumn(),
+            )
             self._bar = Progress(*columns, console=self._console, transient=True)
             self._bar.add_task("training", total=steps, completed=step, figures="")
         return self
@@ -42,7 +47,9 @@ class Reporter:
             self._bar.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         if self._bar:
             self._bar.stop()
             self._bar = None

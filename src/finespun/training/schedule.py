@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from finespun.recipe import TrainingRecipe
 
 VALIDATIONS = 10
-"""In a run that does not say how often."""
+VALIDATION_SHARE = 0.1
+"""A run that does not say how often validates ten times, or as often as takes a tenth of its time."""
 
 MICRO_BATCH_TOKENS = 2048
 
@@ -39,12 +41,30 @@ def default_batch_size(examples: int) -> int:
     return min(32, max(4, 2 ** round(math.log2(max(1, examples / 100)))))
 
 
-def settle(recipe: TrainingRecipe, examples: int, parameters: int) -> int:
-    """Decides what `recipe` leaves open, for so many training examples and model parameters; returns the steps."""
+def settle(
+    recipe: TrainingRecipe,
+    examples: int,
+    tokens: int,
+    validation_tokens: int,
+    parameters: int,
+    tokens_per_second: Callable[[], float],
+) -> int:
+    """Decides what `recipe` leaves open and returns the number of steps.
+
+    There are `examples` of `tokens` to train and `validation_tokens` to validate on; the model has so many
+    `parameters`. A time limit becomes a number of steps by the speed that is measured when it is needed.
+    """
     recipe.batch_size = recipe.batch_size or default_batch_size(examples)
     recipe.learning_rate = recipe.learning_rate or default_learning_rate(recipe.method, parameters)
     recipe.micro_batch_tokens = recipe.micro_batch_tokens or MICRO_BATCH_TOKENS
+    step_tokens = tokens * min(1, recipe.batch_size / examples)
+    if recipe.max_minutes is not None:
+        fitting = max(1, int(recipe.max_minutes * 60 * tokens_per_second() / step_tokens))
+        recipe.max_steps, recipe.max_minutes = min(recipe.max_steps or fitting, fitting), None
     steps = total_steps(examples, recipe.batch_size, recipe.epochs, recipe.max_steps)
-    recipe.validate_every = recipe.validate_every or max(1, math.ceil(steps / VALIDATIONS))
+    if recipe.validate_every is None:
+        # A validation is a forward pass, a third of the work of training on as many tokens.
+        affordable = int(3 * VALIDATION_SHARE * steps * step_tokens / max(1, validation_tokens))
+        recipe.validate_every = math.ceil(steps / min(VALIDATIONS, max(1, affordable)))
     recipe.save_every = recipe.save_every or recipe.validate_every
     return steps

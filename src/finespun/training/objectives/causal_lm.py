@@ -6,6 +6,7 @@ Only hidden states whose target has a weight go through the head, so a prompt co
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -63,7 +64,7 @@ class CausalLM:
 
     def _logits_one_by_one(self, batch: PackedBatch) -> torch.Tensor:
         bounds = batch.cu_seqlens.tolist()
-        parts = [batch.input_ids[start:end] for start, end in zip(bounds, bounds[1:], strict=False)]
+        parts = [batch.input_ids[start:end] for start, end in pairwise(bounds)]
         return torch.cat([self.model(input_ids=part[None], use_cache=False).logits[0].float() for part in parts])
 
     @torch.no_grad()

@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import json
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import finespun
+from finespun.cli import main
+
+
+def test_help_imports_nothing_heavy() -> None:
+    """Its speed is a matter of what it imports; that can be tested without a clock."""
+    code = (
+        "import sys; from finespun.cli import main\n"
+        "for arguments in (['--help'], ['train', '--help'], ['generate', '--help'], ['--version']):\n"
+        "    main(arguments)\n"
+        "print([name for name in ('torch', 'transformers', 'peft', 'numpy') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+    for word in ("train", "generate", "models", "--training.learning-rate", "--temperature", finespun.__version__):
+        assert word in done.stdout
+
+
+def test_python_m_finespun_is_the_command() -> None:
+    done = subprocess.run([sys.executable, "-m", "finespun", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == finespun.__version__
+
+
+def test_piped_output_is_one_json_object_a_text(
+    tiny_folder: Path, capsys: pytest.CaptureFixture[str], in_tmp: Path
+) -> None:
+    Path("prompts.jsonl").write_text(
+        '{"prompt": "the old"}\n{"messages": [{"role": "user", "content": "江雪"}]}\n', encoding="utf-8"
+    )
+    main(
+        [
+            "generate",
+            str(tiny_folder),
+            "a mill",
+            "--prompts-file",
+            "prompts.jsonl",
+            "--samples",
+            "2",
+            "--temperature",
+            "1",
+            "--max-new-tokens",
+            "4",
+        ]
+    )
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["prompt"] for line in lines[::2]] == ["a mill", "the old", [{"role": "user", "content": "江雪"}]]
+    assert len(lines) == 6
+    for line in lines:
+        assert line.keys() == {"prompt", "text", "finish_reason", "prompt_tokens", "completion_tokens"}
+
+
+def test_a_terminal_gets_the_text_alone(tiny_folder: Path, tmp_path: Path) -> None:
+    reader, writer = pty.openpty()
+    done = subprocess.run(
+        [sys.executable, "-m", "finespun", "generate", str(tiny_folder), "the old", "--max-new-tokens", "6"],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        check=True,
+    )
+    shown = os.read(reader, 10_000).decode(errors="replace").replace("\r\n", "\n")
+    assert shown == finespun.load(tiny_folder).generate("the old", max_new_tokens=6) + "\n"
+    assert done.stderr == b""
+
+
+def test_a_prompt_may_come_from_standard_input(tiny_folder: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "finespun", "generate", str(tiny_folder), "--max-new-tokens", "3"],
+        input="the old\n",
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert json.loads(done.stdout)["prompt"] == "the old"
+
+
+def test_models_says_what_is_here(smollm2_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["models"])
+    rows = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines() if line.strip()}
+    assert rows["smollm2-135m"][2] == "yes"
+    assert rows["gpt2"][3] == "openai-community/gpt2"
+
+
+def test_a_bug_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("finespun.finetuning.finetune", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(["train", "--data", "x"])
+
+
+def test_quiet_is_quiet(tiny_folder: Path, in_tmp: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    Path("data.txt").write_text("the old\nferryman\nrowed\n")
+    main(["train", "--model", str(tiny_folder), "--data", "data.txt", "--training.max-steps", "1", "--quiet"])
+    assert capfd.readouterr() == ("", "")
+    main(["generate", "runs/data", "the"])
+    assert json.loads(capfd.readouterr().out)["prompt"] == "the"

@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from finespun.data.sources import builtin_sets, expand, read_file, rows_from_memory
+from finespun.errors import DataError
+
+
+@pytest.mark.parametrize(
+    ("text", "documents", "expected"),
+    [
+        ("one\ntwo\nthree\n", None, ["one", "two", "three"]),
+        ("a\nb\n\nc\n\n\n d\n", None, ["a\nb", "c", " d"]),
+        ("a\nb\n\nc", "lines", ["a", "b", "c"]),
+        ("a\nb\n\nc\n", "files", ["a\nb\n\nc"]),
+        ("\n\na\nb\n\n", None, ["a", "b"]),
+        ("a\r\nb\r\n\r\nc\r\n", None, ["a\nb", "c"]),
+    ],
+)
+def test_documents_of_a_text_file(tmp_path: Path, text: str, documents, expected: list[str]) -> None:
+    path = tmp_path / "t.txt"
+    path.write_bytes(text.encode())
+    rows, how = read_file(path, documents)
+    assert [row.columns["text"] for row in rows] == expected
+    assert ("data.documents" in how) == (documents is None), "a choice that was made for the person is printed"
+
+
+def test_rows_know_the_line_where_they_stand(tmp_path: Path) -> None:
+    (tmp_path / "t.txt").write_text("a\nb\n\n\nc\n")
+    assert [row.origin.row for row in read_file(tmp_path / "t.txt")[0]] == [1, 5]
+    (tmp_path / "t.jsonl").write_text('{"text": "a"}\n\n{"text": "b"}\n')
+    assert [str(row.origin) for row in read_file(tmp_path / "t.jsonl")[0]] == [
+        f"{tmp_path / 't.jsonl'}, row {n}" for n in (1, 3)
+    ]
+
+
+cells = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x00"))
+
+
+@given(rows=st.lists(st.fixed_dictionaries({"prompt": cells, "completion": cells}), min_size=1))
+def test_jsonl_and_json_give_back_any_text(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[dict[str, str]]
+) -> None:
+    folder = tmp_path_factory.mktemp("sources")
+    (folder / "a.jsonl").write_text(
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8", newline="\n"
+    )
+    (folder / "a.json").write_text(json.dumps(rows), encoding="utf-8")
+    for name in ("a.jsonl", "a.json"):
+        assert [row.columns for row in read_file(folder / name)[0]] == rows
+
+
+def test_csv_keeps_quoted_newlines_commas_and_chinese(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_bytes('\ufeffprompt,completion\n"a, ""b""\nc",江雪\n'.encode())
+    assert [dict(row.columns) for row in read_file(tmp_path / "t.csv")[0]] == [
+        {"prompt": 'a, "b"\nc', "completion": "江雪"}
+    ]
+
+
+def test_a_folder_gives_its_files_in_order_and_nothing_else(tmp_path: Path) -> None:
+    for name in ("b.txt", "a.jsonl", "notes.docx", "c/d.csv"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    assert [path.name for path in expand([str(tmp_path)])] == ["a.jsonl", "b.txt", "d.csv"]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="holds no"):
+        expand([str(tmp_path / "empty")])
+
+
+@pytest.mark.parametrize(
+    ("items", "said"), [([], "the list is empty"), (["a", 5], "data, row 2: an item is a text or a dict")]
+)
+def test_lists_that_are_no_data(items: list, said: str) -> None:
+    with pytest.raises(DataError, match=said):
+        rows_from_memory(items)
+
+
+def test_the_fables_are_as_promised() -> None:
+    fables = builtin_sets()["fables"]
+    train, validation = (read_file(path)[0] for path in (fables.train, fables.validation))
+    rows = [row.columns for row in (*train, *validation)]
+    assert len(rows) >= 240
+    for row in rows:
+        assert set(row) == {"title", "fable", "moral"}
+        assert 80 <= len(row["fable"].split()) <= 150, row["title"]
+        assert row["moral"].endswith("."), row["title"]
+        assert ". " not in row["moral"], row["title"]
+    for key in ("title", "fable", "moral"):
+        assert len({row[key].lower() for row in rows}) == len(rows), f"two have the same {key}"
+    openings = {" ".join(row["fable"].split()[:6]) for row in rows}
+    assert len(openings) == len(rows)
+    assert not {row["title"] for row in rows[: len(train)]} & {row["title"] for row in rows[len(train) :]}
