@@ -123,7 +123,7 @@ def _prepare(recipe: Recipe, texts: Texts, reporter: Reporter) -> _Prepared:
     recipe.data.prompt_format = resolve_prompt_format(loaded.tokenizer, texts.shape, recipe.data.prompt_format)
     encoder = Encoder(loaded.tokenizer, recipe.data.prompt_format)
     tokens = encode_texts(texts, encoder, recipe.data, loaded.context_length)
-    trainable = _make_trainable(loaded, recipe)
+    trainable = make_trainable(loaded, recipe)
     objective = CausalLM(loaded.causal_lm)
     settings = recipe.training
     settings.precision = settings.precision or faster_precision(loaded.device)
@@ -197,7 +197,7 @@ def _run(run: _Prepared, folder: RunFolder, reporter: Reporter, resume_from: Che
     return FinishedRun(folder, loaded, run.encoder)
 
 
-def _make_trainable(loaded: LoadedModel, recipe: Recipe) -> int:
+def make_trainable(loaded: LoadedModel, recipe: Recipe) -> int:
     """Sets which parameters get a gradient; returns how many numbers that is. A new adapter changes nothing of what
     the model says before it is trained."""
     if recipe.training.method == "full":

@@ -142,8 +142,10 @@ def _settle_sources(recipe: DataRecipe) -> None:
 
 def _read_all(sources: Sequence[str], recipe: DataRecipe, texts: Texts) -> list[Row]:
     rows: list[Row] = []
+    here = Path.cwd()
     for path in map(Path, sources):
-        read, how = read_file(path, recipe.documents)
+        # named in messages as a person in this folder would name it
+        read, how = read_file(path.relative_to(here) if path.is_relative_to(here) else path, recipe.documents)
         rows.extend(read)
         texts.files.append(path)
         texts.how.append(f"{path.name}: {how}")
