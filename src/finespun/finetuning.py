@@ -133,7 +133,9 @@ def _prepare(recipe: Recipe, texts: Texts, reporter: Reporter) -> _Prepared:
         tokens=sum(len(example.input_ids) for example in tokens.train),
         validation_tokens=sum(len(example.input_ids) for example in tokens.validation),
         parameters=loaded.causal_lm.num_parameters(),
-        tokens_per_second=lambda: tokens_per_second(objective, tokens.train, settings.micro_batch_tokens or 1),
+        tokens_per_second=lambda: tokens_per_second(
+            objective, tokens.train, settings.batch_size or 1, settings.micro_batch_tokens or 1
+        ),
     )
     manifest = {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),

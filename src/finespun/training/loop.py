@@ -30,7 +30,7 @@ from finespun.training.optim import MasterAdamW
 from finespun.training.progress import Reporter
 from finespun.training.schedule import learning_rate
 
-SPEED_TOKENS = 1000
+SPEED_TOKENS = 600
 """Tokens on which the speed is measured."""
 
 ExampleLosses = tuple[list[float], list[float]]
@@ -139,14 +139,17 @@ def accumulate_gradients(objective: CausalLM, batch: Sequence[TokenizedExample],
     return loss
 
 
-def tokens_per_second(objective: CausalLM, examples: Sequence[TokenizedExample], micro_batch_tokens: int) -> float:
+def tokens_per_second(
+    objective: CausalLM, examples: Sequence[TokenizedExample], batch_size: int, micro_batch_tokens: int
+) -> float:
     """Speed of forward and backward passes here, measured on a few of `examples`; leaves no gradients behind."""
     chosen: list[TokenizedExample] = []
     while sum(len(example.input_ids) for example in chosen) < SPEED_TOKENS and len(chosen) < len(examples):
         chosen.append(examples[len(chosen)])
     accumulate_gradients(objective, chosen[:1], micro_batch_tokens)  # the first pass of a process is slower
     started = time.perf_counter()
-    accumulate_gradients(objective, chosen, micro_batch_tokens)
+    for first in range(0, len(chosen), batch_size):
+        accumulate_gradients(objective, chosen[first : first + batch_size], micro_batch_tokens)
     seconds = time.perf_counter() - started
     objective.model.zero_grad(set_to_none=True)
     return sum(len(example.input_ids) for example in chosen) / seconds
