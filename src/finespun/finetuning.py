@@ -8,6 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,7 @@ def _prepare(recipe: Recipe, texts: Texts, reporter: Reporter) -> _Prepared:
     recipe.data.prompt_format = resolve_prompt_format(loaded.tokenizer, texts.shape, recipe.data.prompt_format)
     encoder = Encoder(loaded.tokenizer, recipe.data.prompt_format)
     tokens = encode_texts(texts, encoder, recipe.data, loaded.context_length)
+    parameters = loaded.causal_lm.num_parameters()
     trainable = make_trainable(loaded, recipe)
     objective = CausalLM(loaded.causal_lm)
     settings = recipe.training
@@ -132,7 +134,7 @@ def _prepare(recipe: Recipe, texts: Texts, reporter: Reporter) -> _Prepared:
         examples=len(tokens.train),
         tokens=sum(len(example.input_ids) for example in tokens.train),
         validation_tokens=sum(len(example.input_ids) for example in tokens.validation),
-        parameters=loaded.causal_lm.num_parameters(),
+        parameters=parameters,
         tokens_per_second=lambda: tokens_per_second(
             objective, tokens.train, settings.batch_size or 1, settings.micro_batch_tokens or 1
         ),
@@ -143,7 +145,7 @@ def _prepare(recipe: Recipe, texts: Texts, reporter: Reporter) -> _Prepared:
         "base": {
             "name": loaded.base_name,
             "sha256": weights_sha256(loaded.base_path),
-            "parameters": loaded.causal_lm.num_parameters(),
+            "parameters": parameters,
         },
         "seed": recipe.training.seed,
         "environment": environment(),
@@ -151,8 +153,8 @@ def _prepare(recipe: Recipe, texts: Texts, reporter: Reporter) -> _Prepared:
     for line in _summary(manifest["data"]):
         reporter.say(line)
     reporter.say(
-        f"{trainable / 1e6:.1f} M parameters to train ({settings.method}, {settings.precision}): {steps} steps of "
-        f"{settings.batch_size} examples, learning rate up to {settings.learning_rate:g}"
+        f"{trainable / 1e6:.1f} M parameters to train ({settings.method}, {settings.precision}): {steps} steps, "
+        f"batch size {settings.batch_size}, learning rate up to {settings.learning_rate:g}"
     )
     if objective.why_slow:
         reporter.say(f"Examples are computed one by one, since {objective.why_slow}.")
@@ -219,8 +221,13 @@ def _sample_prompts(run: _Prepared) -> list[Sample]:
     """Prompts for the report: the recipe's own, or the first held-out examples with what stands there."""
     if run.recipe.samples.prompts:
         return [{"prompt": prompt, "reference": None} for prompt in run.recipe.samples.prompts]
-    held_out = map(prompt_of, run.texts.validation[: run.recipe.samples.count])
-    return [{"prompt": prompt, "reference": reference} for prompt, reference in held_out]
+    # of the examples that the length limit cut, not every prompt leaves room for an answer
+    fitting = (
+        {"prompt": prompt, "reference": reference}
+        for prompt, reference in map(prompt_of, run.texts.validation)
+        if len(run.encoder.encode_prompt(prompt)) < run.loaded.context_length
+    )
+    return list(islice(fitting, run.recipe.samples.count))
 
 
 def _write_out(samples: Sequence[Sample], when: str, run: _Prepared) -> list[Sample]:

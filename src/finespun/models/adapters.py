@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from transformers import PreTrainedModel
 
 from finespun.errors import ModelError
+from finespun.models.load import quiet_transformers
 from finespun.recipe import LoraRecipe
 
 
@@ -24,8 +24,7 @@ def add_lora(model: PreTrainedModel, recipe: LoraRecipe) -> PeftModel:
         fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in model.modules()),
     )
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by a name that is being replaced
+        with quiet_transformers():
             return get_peft_model(model, config, autocast_adapter_dtype=False)
     except ValueError as error:
         raise ModelError(f"lora.target_modules: {error}") from None
