@@ -96,7 +96,26 @@ def test_a_template_that_strips_still_trains_the_words(tokenizer: PreTrainedToke
 def test_a_template_without_an_end_of_turn_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
     tokenizer.chat_template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
     with pytest.raises(ModelError, match="cannot learn to stop"):
-        Encoder(tokenizer)
+        Encoder(tokenizer).encode_example(PromptExample("who?", "the ferryman", HERE))
+    assert Encoder(tokenizer).stop_ids == (tokenizer.eos_token_id,), "it can still be used for writing"
+
+
+def test_a_template_that_thinks_before_an_answer_trains_the_answer(tokenizer: PreTrainedTokenizerFast) -> None:
+    """As Qwen3's does: an empty thought stands in the prompt if thinking is off, and in the last answer always."""
+    thought = "<think>\\n\\n</think>\\n\\n"
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' }}"
+        "{% if m['role'] == 'assistant' and loop.last %}{{ '" + thought + "' }}{% endif %}"
+        "{{ m['content'] + '<|im_end|>\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}"
+        "{% if enable_thinking is defined and enable_thinking is false %}{{ '" + thought + "' }}{% endif %}{% endif %}"
+    )
+    encoder = Encoder(tokenizer)
+    example = encoder.encode_example(PromptExample("who?", "the ferryman", HERE))
+    assert trained_runs(tokenizer, example) == ["the ferryman<|im_end|>"]
+    prompt = encoder.encode_prompt("who?")
+    assert tokenizer.decode(prompt).endswith("<think>\n\n</think>\n\n")
+    assert example.input_ids[: len(prompt)] == prompt
 
 
 def test_a_special_token_in_a_message_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -25,7 +25,9 @@ from finespun.recipe import DataRecipe, TemplateRecipe
 LONGEST_DEFAULT = 2048
 """Tokens of the longest example where a recipe does not say; a model's context may allow more, memory often not."""
 
-DEFAULT_VALIDATION = 0.1
+VALIDATION_SHARE = 0.1
+VALIDATION_EXAMPLES = 200
+"""A recipe that does not say holds out a tenth, and of more than 2,000 examples about 200: enough for an interval."""
 
 Items = Sequence[str | Mapping[str, Any]]
 
@@ -70,7 +72,8 @@ def read_texts(recipe: DataRecipe, items: Items | None = None) -> Texts:
             )
         texts.train, texts.validation = examples, held
     else:
-        recipe.validation = DEFAULT_VALIDATION if recipe.validation is None else recipe.validation
+        if recipe.validation is None:
+            recipe.validation = min(VALIDATION_SHARE, VALIDATION_EXAMPLES / len(examples))
         texts.train, texts.validation = hold_out(examples, recipe.validation)
     return texts
 

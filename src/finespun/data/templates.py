@@ -10,6 +10,7 @@ and through it, and the difference must be the assistant's words and an end-of-t
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -19,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from finespun.data.formats import Example, Message, MessagesExample, PromptExample, Shape, TextExample
 from finespun.data.sources import Origin, raise_all
-from finespun.errors import DataError, ModelError
+from finespun.errors import DataError, FinespunError, ModelError
 
 PromptFormat = Literal["chat", "raw"]
 TooLong = Literal["refuse", "cut", "skip", "split"]
@@ -58,8 +59,7 @@ class Encoder:
     """Turns examples and prompts into token ids for one tokenizer and one way of prompting.
 
     `prompt_format` "chat" puts prompts through the tokenizer's chat template, "raw" takes them as they are; the
-    default is what the tokenizer can do. Raises `ModelError` for a tokenizer that has no end-of-sequence token or a
-    chat template whose answers have no end.
+    default is what the tokenizer can do. Raises `ModelError` for a tokenizer that has no end-of-sequence token.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt_format: PromptFormat | None = None) -> None:
@@ -70,7 +70,6 @@ class Encoder:
                 f"The tokenizer of {tokenizer.name_or_path} has no end-of-sequence token, so a "
                 "model cannot learn to stop."
             )
-        self._special = set(tokenizer.all_special_ids)
         # Sentence-piece tokenizers put a space before a text that stands alone; inside an example it must not be there.
         self._adds_space = self._decode(self._tokenize("\n") + self._tokenize("x")) != "\nx"
         self.stop_ids: tuple[int, ...] = self._find_stop_ids()
@@ -183,8 +182,10 @@ class Encoder:
     def _find_stop_ids(self) -> tuple[int, ...]:
         stop = [self.tokenizer.eos_token_id]
         if self.prompt_format == "chat":
-            probe = list(self._turns([Message(role="user", content="a"), Message(role="assistant", content="b")]))
-            stop.insert(0, self._tokenize(probe[-1].text)[-1])
+            # a template that cannot be trained with may still do for writing, which then ends with EOS alone
+            with contextlib.suppress(FinespunError):
+                probe = list(self._turns([Message(role="user", content="a"), Message(role="assistant", content="b")]))
+                stop.insert(0, self._tokenize(probe[-1].text)[-1])
         return tuple(dict.fromkeys(stop))
 
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
@@ -193,9 +194,12 @@ class Encoder:
         try:
             return str(
                 self.tokenizer.apply_chat_template(
-                    [{"role": m["role"], "content": m["content"]} for m in messages],
+                    [{"role": message["role"], "content": message["content"]} for message in messages],
                     tokenize=False,
                     add_generation_prompt=add_generation_prompt,
+                    # Templates of reasoning models then put an empty thought before each answer, the same in a prompt
+                    # as in an example; people's texts come without thoughts. Other templates do not know the word.
+                    enable_thinking=False,
                 )
             )
         except jinja2.TemplateError as error:
