@@ -100,11 +100,9 @@ def bos_tokenizer(small_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> P
     return tokenizer
 
 
-@pytest.mark.parametrize("prompt_format", ["raw", "chat"])
-@pytest.mark.parametrize("prompt", ["the old", "<s>the old"])
+# in a chat message a special token is refused, see data/test_templates.py
+@pytest.mark.parametrize(("prompt_format", "prompt"), [("raw", "the old"), ("raw", "<s>the old"), ("chat", "the old")])
 def test_02_there_is_never_a_second_bos(bos_tokenizer: PreTrainedTokenizerFast, prompt_format, prompt: str) -> None:
-    if prompt_format == "chat" and prompt.startswith("<s>"):
-        pytest.skip("a special token inside a chat message is refused, see test_templates")
     encoder = Encoder(bos_tokenizer, prompt_format)
     example = encoder.encode_example(PromptExample(prompt, "ferryman", HERE))
     for ids in (encoder.encode_prompt(prompt), example.input_ids):
