@@ -161,8 +161,9 @@ def test_a_template_over_a_column_that_is_missing(train, write_jsonl) -> None:
 
 def test_nothing_that_carries_loss(refused, gpt2_folder: Path, tmp_path: Path) -> None:
     # GPT-2 puts no token before a text, so of a text that is one token, EOS, none can be predicted
-    (tmp_path / "data.txt").write_text("<|endoftext|>\n" * 3, encoding="utf-8")
+    (tmp_path / "data.txt").write_text("A whole text.\n<|endoftext|>\n", encoding="utf-8")
     message = refused("train", "--model", gpt2_folder, "--data", "data.txt", "--data.validation", "0", "--out", "run")
+    assert "data.txt, row 2" in message
     assert "nothing to learn" in message
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from itertools import islice
@@ -25,7 +26,7 @@ from finespun.generation.settings import Sampling
 from finespun.models.adapters import add_lora, merge
 from finespun.models.catalog import file_sha256, locate, weights_sha256
 from finespun.models.load import LoadedModel, faster_precision, load_model, save_model
-from finespun.recipe import Recipe
+from finespun.recipe import Recipe, TrainingRecipe
 from finespun.report import write_report
 from finespun.runs import RunFolder, default_out, environment
 from finespun.training.checkpoint import Checkpoint, newest_checkpoint
@@ -135,9 +136,7 @@ def _prepare(recipe: Recipe, texts: Texts, reporter: Reporter) -> _Prepared:
         tokens=sum(len(example.input_ids) for example in tokens.train),
         validation_tokens=sum(len(example.input_ids) for example in tokens.validation),
         parameters=parameters,
-        tokens_per_second=lambda: tokens_per_second(
-            objective, tokens.train, settings.batch_size or 1, settings.micro_batch_tokens or 1
-        ),
+        tokens_per_second=lambda: _speed(objective, tokens.train, settings),
     )
     manifest = {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -199,6 +198,15 @@ def _run(run: _Prepared, folder: RunFolder, reporter: Reporter, resume_from: Che
     folder.write_samples(_write_out(samples, "after", run))
     write_report(folder)
     return FinishedRun(folder, loaded, run.encoder)
+
+
+def _speed(objective: CausalLM, examples: Sequence[TokenizedExample], recipe: TrainingRecipe) -> float:
+    """Tokens a second in the run's own precision. The model is still float32, since the optimizer takes its masters
+    from it; where the run computes in another type, a copy is timed."""
+    dtype = getattr(torch, recipe.precision or "float32")
+    if objective.model.dtype != dtype:
+        objective = CausalLM(deepcopy(objective.model).to(dtype))
+    return tokens_per_second(objective, examples, recipe.batch_size or 1, recipe.micro_batch_tokens or 1)
 
 
 def make_trainable(loaded: LoadedModel, recipe: Recipe) -> int:

@@ -16,7 +16,7 @@ from finespun.data.formats import (
     TextExample,
     examples_from_rows,
 )
-from finespun.data.sources import Row, builtin_sets, expand, read_file, rows_from_memory
+from finespun.data.sources import Row, builtin_sets, expand, raise_all, read_file, rows_from_memory
 from finespun.data.split import hold_out
 from finespun.data.templates import Encoder, LengthReport, TokenizedExample, fit_length
 from finespun.errors import DataError
@@ -98,12 +98,15 @@ def encode_texts(texts: Texts, encoder: Encoder, recipe: DataRecipe, context: in
         validation, _ = fit_length(
             [encoder.encode_example(example) for example in texts.validation], recipe.max_length, recipe.too_long
         )
-    for name, examples in (("training", train), ("validation", validation)):
-        if examples and not any(example.trained_tokens for example in examples):
-            raise DataError(
-                f"No token of the {name} examples carries loss, so there is nothing to learn or to "
-                "measure: each text is a single token."
-            )
+    # A step of such examples alone would divide by a weight of zero.
+    raise_all(
+        [
+            f"{example.origin}: a single token, none of which carries loss: there is nothing to learn from it."
+            for example in (*train, *validation)
+            if not example.trained_tokens
+        ],
+        "Remove these rows.",
+    )
     return Tokens(train, validation, lengths)
 
 
