@@ -27,7 +27,7 @@ LEARNING_RATE = 2e-4
 def finespun(rows: list[dict[str, str]], batch_size: int, method: str) -> dict[str, float]:
     """finespun's loop, without validation."""
     from finespun.data.formats import PromptExample
-    from finespun.data.sources import Origin
+    from finespun.data.readers import Origin
     from finespun.data.templates import Encoder
     from finespun.finetuning import make_trainable
     from finespun.models.load import faster_precision, load_model

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -132,6 +132,15 @@ def smollm2_folder() -> Path:
 def smollm2_shared(smollm2_folder: Path) -> LoadedModel:
     """SmolLM2-135M in memory, for tests that change nothing about it."""
     return load_model("smollm2-135m", "float32", torch.device("cpu"))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_token_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Token ids of the tests are kept apart from those of the person who runs them."""
+    folder = tmp_path_factory.mktemp("tokens")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("finespun.data.prepare.token_cache", lambda: folder)
+        yield
 
 
 @pytest.fixture

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
+from finespun.data.readers import Origin
 from finespun.data.templates import TokenizedExample
+
+
+def tokenized(ids: Sequence[int], weights: Sequence[float], origin: Origin) -> TokenizedExample:
+    """An example of given ids and weights."""
+    return TokenizedExample(np.array(ids, dtype=np.int32), np.array(weights, dtype=np.float32), origin)
 
 
 def losses_one_by_one(model: PreTrainedModel, examples: Sequence[TokenizedExample]) -> tuple[torch.Tensor, float]:
@@ -16,7 +23,7 @@ def losses_one_by_one(model: PreTrainedModel, examples: Sequence[TokenizedExampl
     total = torch.zeros((), dtype=model.dtype)
     weight = 0.0
     for example in examples:
-        ids = torch.tensor([example.input_ids])
+        ids = torch.tensor(example.input_ids, dtype=torch.long)[None]
         weights = torch.tensor(example.loss_weights, dtype=model.dtype)
         logits = model(input_ids=ids).logits[0]
         total = total + (cross_entropy(logits[:-1], ids[0, 1:], reduction="none") * weights[1:]).sum()

@@ -74,15 +74,15 @@ def test_a_line_that_is_not_json_is_shown_with_its_number(train, tmp_path: Path)
         json.dumps(GOOD) + '\n\n{"prompt": "half\n' + json.dumps(GOOD) + "\n", encoding="utf-8"
     )
     message = train("data.jsonl")
-    assert "data.jsonl, line 3: is not JSON" in message
+    assert "data.jsonl, row 3: is not JSON" in message
     assert '{"prompt": "half' in message
 
 
 def test_a_row_without_the_needed_field_says_which_it_has(train, write_jsonl) -> None:
-    message = train(write_jsonl(GOOD, {"question": "who?", "answer": "nobody"}))
+    message = train(write_jsonl(GOOD, {"asked": "who?", "said": "nobody"}))
     assert "data.jsonl, row 2" in message
-    assert "'question', 'answer'" in message
-    assert "data.template" in message
+    assert "'asked', 'said'" in message
+    assert "`prompt` and `completion`" in message
 
 
 def test_many_faults_are_counted_and_the_first_shown(train, write_jsonl) -> None:
@@ -93,18 +93,18 @@ def test_many_faults_are_counted_and_the_first_shown(train, write_jsonl) -> None
 
 def test_mixed_shapes_show_one_row_of_each(train, write_jsonl) -> None:
     message = train(write_jsonl(GOOD, GOOD, {"text": "a lone text"}))
-    assert "different shapes" in message
+    assert "different formats" in message
     assert "data.jsonl, row 1" in message
     assert "data.jsonl, row 3" in message
     assert "a lone text" in message
 
 
-def test_a_file_that_is_not_utf8_is_named_with_the_offset(train, tmp_path: Path) -> None:
-    (tmp_path / "old.txt").write_bytes(b"first line\n" + "江雪".encode("gb18030"))
+def test_a_damaged_utf8_file_is_named_with_the_offset(train, tmp_path: Path) -> None:
+    (tmp_path / "old.txt").write_bytes("first line\n江雪".encode() + b"\xff" + "千山鸟飞绝".encode())
     message = train("old.txt")
     assert "old.txt: is not UTF-8" in message
-    assert "offset 11 (line 2)" in message
-    assert "iconv" in message
+    assert "offset 17 (line 2)" in message
+    assert "data.encoding" in message
 
 
 def test_an_example_longer_than_the_limit_is_counted_and_the_choices_named(train, write_jsonl) -> None:
@@ -112,7 +112,7 @@ def test_an_example_longer_than_the_limit_is_counted_and_the_choices_named(train
     message = train(data, "--data.validation", "0")
     assert "1 of 3 examples are longer than data.max_length 128; the longest has " in message
     assert "data.jsonl, row 2" in message
-    assert "cut, skip" in message
+    assert "cut, cut-left, skip" in message
 
 
 def test_a_limit_beyond_the_context(train, write_jsonl) -> None:
@@ -134,7 +134,7 @@ def test_an_empty_completion(train, write_jsonl, completion: str) -> None:
         ({"text": None}, "`text` is None, not a text"),
         ({"messages": []}, "not a list of messages"),
         ({"messages": [{"role": "user", "content": "hi"}]}, "no assistant message"),
-        ({"messages": [{"role": "robot", "content": "hi"}]}, "known are system, user, assistant"),
+        ({"messages": [{"role": "robot", "content": "hi"}]}, "known are system, developer, user"),
         ({"messages": [{"role": "assistant", "content": " "}]}, "message 1, the assistant's, is empty"),
     ],
 )
@@ -147,8 +147,8 @@ def test_values_that_are_not_what_belongs_there(train, write_jsonl, row: dict, s
 def test_csv_rows_of_the_wrong_width(train, tmp_path: Path) -> None:
     (tmp_path / "data.csv").write_text("prompt,completion\na,b\nc\nd,e,f\n", encoding="utf-8")
     message = train("data.csv")
-    assert "row 2 (line 3): has 1 cells where the header has 2" in message
-    assert "row 3 (line 4): has 3 cells" in message
+    assert "row 2: (line 3) has 1 cells where the header has 2" in message
+    assert "row 3: (line 4) has 3 cells" in message
 
 
 def test_a_template_over_a_column_that_is_missing(train, write_jsonl) -> None:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -22,9 +23,10 @@ from conftest import sentences
 from finespun import finetuning
 from finespun.data.formats import Message, MessagesExample, PromptExample, TextExample
 from finespun.data.packing import step_indices
-from finespun.data.sources import Origin
-from finespun.data.templates import Encoder, TokenizedExample, fit_length
-from finespun.errors import DataError, TrainingInterrupted
+from finespun.data.prepare import HELD_OUT, read_texts
+from finespun.data.readers import BadRow, Origin
+from finespun.data.templates import Encoder, LengthLimit, TokenizedExample
+from finespun.errors import TrainingInterrupted
 from finespun.models.load import LoadedModel, load_model
 from finespun.recipe import Recipe
 from finespun.runs import RunFolder
@@ -32,7 +34,7 @@ from finespun.training.loop import accumulate_gradients, example_losses, weighte
 from finespun.training.objectives.causal_lm import CausalLM
 from finespun.training.progress import Reporter
 from finespun.training.schedule import learning_rate, total_steps
-from reference import gradients, losses_one_by_one
+from reference import gradients, losses_one_by_one, tokenized
 
 HERE = Origin("test", 1)
 
@@ -42,7 +44,7 @@ def encoded(tiny: LoadedModel, count: int = 7) -> list[TokenizedExample]:
     encoder = Encoder(tiny.tokenizer)
     texts = sentences(2 * count)
     return [
-        encoder.encode_example(PromptExample(texts[2 * i], texts[2 * i + 1] * (1 + i % 3), Origin("test", i + 1)))
+        encoder.encode_example(PromptExample(texts[2 * i], texts[2 * i + 1] * (1 + i % 3), Origin("test", i + 1)))[0]
         for i in range(count)
     ]
 
@@ -68,7 +70,7 @@ def test_01_eos_is_trained_though_it_is_the_padding_token(
     small_tokenizer: PreTrainedTokenizerFast, example, prompt_format
 ) -> None:
     assert small_tokenizer.pad_token_id == small_tokenizer.eos_token_id
-    tokens = Encoder(small_tokenizer, prompt_format).encode_example(example)
+    (tokens,) = Encoder(small_tokenizer, prompt_format).encode_example(example)
     assert tokens.input_ids[-1] == small_tokenizer.eos_token_id
     assert tokens.loss_weights[-1] == 1.0
 
@@ -104,9 +106,9 @@ def bos_tokenizer(small_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> P
 @pytest.mark.parametrize(("prompt_format", "prompt"), [("raw", "the old"), ("raw", "<s>the old"), ("chat", "the old")])
 def test_02_there_is_never_a_second_bos(bos_tokenizer: PreTrainedTokenizerFast, prompt_format, prompt: str) -> None:
     encoder = Encoder(bos_tokenizer, prompt_format)
-    example = encoder.encode_example(PromptExample(prompt, "ferryman", HERE))
+    (example,) = encoder.encode_example(PromptExample(prompt, "ferryman", HERE))
     for ids in (encoder.encode_prompt(prompt), example.input_ids):
-        assert ids.count(bos_tokenizer.bos_token_id) == 1
+        assert list(ids).count(bos_tokenizer.bos_token_id) == 1
         assert ids[0] == bos_tokenizer.bos_token_id
 
 
@@ -139,8 +141,8 @@ def test_03_05_packing_and_splitting_a_batch_change_neither_loss_nor_gradient(
 
 def test_03_a_long_example_counts_by_its_tokens_not_as_one_of_two(tiny: LoadedModel) -> None:
     short, long = (
-        TokenizedExample([5, 6, 7], [0, 1, 1], HERE),
-        TokenizedExample(list(range(10, 50)), [0.0] + [1.0] * 39, HERE),
+        tokenized([5, 6, 7], [0, 1, 1], HERE),
+        tokenized(list(range(10, 50)), [0.0] + [1.0] * 39, HERE),
     )
     objective = CausalLM(tiny.model)
     sums, weights = example_losses(objective, [short, long], 1)
@@ -163,8 +165,8 @@ def test_04_a_prompt_has_the_same_ids_in_training_as_at_generation(
 ) -> None:
     encoder = Encoder(small_tokenizer, prompt_format)
     ids = encoder.encode_prompt(prompt)
-    example = encoder.encode_example(PromptExample(prompt, completion, HERE))
-    assert example.input_ids[: len(ids)] == ids
+    (example,) = encoder.encode_example(PromptExample(prompt, completion, HERE))
+    assert example.input_ids[: len(ids)].tolist() == ids
     assert not any(example.loss_weights[: len(ids)])
     assert all(example.loss_weights[len(ids) :])
     assert encoder.decode(example.input_ids[len(ids) :]) == completion
@@ -173,10 +175,10 @@ def test_04_a_prompt_has_the_same_ids_in_training_as_at_generation(
 def test_04_a_boundary_that_would_merge_is_kept(small_tokenizer: PreTrainedTokenizerFast) -> None:
     together = small_tokenizer("ferryman")["input_ids"]
     encoder = Encoder(small_tokenizer, "raw")
-    example = encoder.encode_example(PromptExample("ferry", "man", HERE))
+    (example,) = encoder.encode_example(PromptExample("ferry", "man", HERE))
     apart = small_tokenizer("ferry")["input_ids"] + small_tokenizer("man")["input_ids"]
     assert together != apart, "the tokenizer must merge these for the test to mean anything"
-    assert example.input_ids[:-1] == apart
+    assert example.input_ids[:-1].tolist() == apart
 
 
 # 6
@@ -184,28 +186,36 @@ def test_04_a_boundary_that_would_merge_is_kept(small_tokenizer: PreTrainedToken
 
 def test_06_what_a_length_limit_cuts_is_counted() -> None:
     examples = [
-        TokenizedExample(list(range(10)), [0.0] + [1.0] * 9, HERE),
-        TokenizedExample([1, 2, 3], [0, 1, 1], HERE),
+        tokenized(list(range(10)), [0.0] + [1.0] * 9, HERE),
+        tokenized([1, 2, 3], [0, 1, 1], HERE),
     ]
-    kept, report = fit_length(examples, 6, "cut")
-    assert [len(example.input_ids) for example in kept] == [6, 3]
-    assert (report.longest, report.too_long, report.tokens_lost) == (10, 1, 4)
+    for action, beginning in (("cut", 0), ("cut-left", 4)):
+        limit = LengthLimit(6, action)
+        ((long,), (short,)) = [limit.fit(example) for example in examples]
+        assert long.input_ids.tolist() == list(range(beginning, beginning + 6))
+        assert long.loss_weights.tolist() == [0, 1, 1, 1, 1, 1]
+        assert short is examples[1]
+        assert (limit.longest, limit.count, limit.tokens_lost) == (10, 1, 4)
 
 
 def test_06_an_example_cut_to_nothing_trainable_is_refused_or_skipped_by_choice() -> None:
-    prompt_only = TokenizedExample(list(range(10)), [0.0] * 8 + [1.0] * 2, HERE)
-    fine = TokenizedExample([1, 2, 3], [0, 1, 1], HERE)
-    with pytest.raises(DataError, match="leave nothing to train"):
-        fit_length([prompt_only, fine], 6, "cut")
-    kept, report = fit_length([prompt_only, fine], 6, "skip")
-    assert kept == [fine]
-    assert report.too_long == 1
+    prompt_only = tokenized(list(range(10)), [0.0] * 8 + [1.0] * 2, HERE)
+    refused = LengthLimit(6, "cut").fit(prompt_only)
+    assert isinstance(refused, BadRow)
+    assert "leave nothing to train" in refused.reason
+    skipping = LengthLimit(6, "skip")
+    assert skipping.fit(prompt_only) == []
+    assert skipping.count == 1
+    ((end,),) = [LengthLimit(6, "cut-left").fit(prompt_only)]
+    assert end.trained_tokens == 2
 
 
-@given(length=st.integers(2, 60), size=st.integers(8, 20))
-def test_06_splitting_a_text_trains_each_token_once(length: int, size: int) -> None:
-    example = TokenizedExample(list(range(length)), [0.0] + [1.0] * (length - 1), HERE)
-    parts, _ = fit_length([example], size, "split")
+@given(length=st.integers(2, 60), size=st.integers(8, 20), overlap=st.integers(0, 6))
+def test_06_splitting_a_text_trains_each_token_once(length: int, size: int, overlap: int) -> None:
+    example = tokenized(list(range(length)), [0.0] + [1.0] * (length - 1), HERE)
+    parts = LengthLimit(size, "split", overlap).fit(example)
+    for part, following in pairwise(parts):
+        assert part.input_ids[-max(1, overlap) :].tolist() == following.input_ids[: max(1, overlap)].tolist()
     trained = [
         token for part in parts for token, weight in zip(part.input_ids, part.loss_weights, strict=True) if weight
     ]
@@ -399,7 +409,9 @@ def test_11_validation_is_whole_token_weighted_and_without_dropout(small_tokeniz
     )
     model = GPT2LMHeadModel(config).eval()
     encoder = Encoder(small_tokenizer, "raw")
-    examples = [encoder.encode_example(TextExample(text * (1 + i % 3), HERE)) for i, text in enumerate(sentences(11))]
+    examples = [
+        encoder.encode_example(TextExample(text * (1 + i % 3), HERE))[0] for i, text in enumerate(sentences(11))
+    ]
     with torch.no_grad():
         total, weight = losses_one_by_one(model, examples)
     for micro_batch_tokens in (1, 50, 10_000):
@@ -416,11 +428,9 @@ def test_11_the_reported_validation_loss_is_that_of_the_saved_model(tiny_folder:
     best = min(line["validation_loss"] for line in run.metrics() if "validation_loss" in line)
     reloaded = load_model(str(run.path))
     encoder = Encoder(reloaded.tokenizer)
-    from finespun.data.prepare import read_texts
-
-    held_out = read_texts(run.recipe().data).validation
+    held_out = [example for _, example in read_texts(run.recipe().data).examples(HELD_OUT)]
     assert len(held_out) == run.manifest()["data"]["validation"] > 3
-    loss, weight = losses_one_by_one(reloaded.model, [encoder.encode_example(example) for example in held_out])
+    loss, weight = losses_one_by_one(reloaded.model, [encoder.encode_example(example)[0] for example in held_out])
     assert best == pytest.approx(float(loss.detach()) / weight, rel=1e-5)
     assert run.manifest()["results"]["perplexity_after"]["value"] == pytest.approx(
         torch.tensor(best).exp().item(), rel=1e-4

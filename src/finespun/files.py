@@ -8,7 +8,15 @@ import shutil
 from collections.abc import Generator
 from pathlib import Path
 
+from platformdirs import user_cache_path
+
 from finespun.errors import RunError
+
+
+def cache_folder() -> Path:
+    """finespun's own cache: `FINESPUN_CACHE`, or the user's cache folder of the system."""
+    own = os.environ.get("FINESPUN_CACHE")
+    return Path(own) if own else user_cache_path("finespun")
 
 
 def write_text(path: Path, text: str) -> None:

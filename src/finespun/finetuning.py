@@ -3,8 +3,6 @@ is written."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass
@@ -16,7 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from finespun.data.prepare import Items, Texts, Tokens, encode_texts, prompt_of, read_texts
+from finespun.data.prepare import HELD_OUT, Texts, Tokens, encode_texts, prompt_of, read_texts
+from finespun.data.sources import Items, MemoryRows, read_standard_input, to_jsonl
 from finespun.data.templates import Encoder, TokenizedExample, resolve_prompt_format
 from finespun.errors import RunError, TrainingInterrupted
 from finespun.evaluation.perplexity import perplexity, perplexity_ratio
@@ -24,8 +23,8 @@ from finespun.files import write_text
 from finespun.generation.engine import generate
 from finespun.generation.settings import Sampling
 from finespun.models.adapters import add_lora, merge
-from finespun.models.catalog import file_sha256, locate, weights_sha256
-from finespun.models.load import LoadedModel, faster_precision, load_model, save_model
+from finespun.models.catalog import locate, weights_sha256
+from finespun.models.load import LoadedModel, faster_precision, grow_vocabulary, load_model, save_model
 from finespun.recipe import Recipe, TrainingRecipe
 from finespun.report import write_report
 from finespun.runs import RunFolder, default_out, environment
@@ -71,21 +70,20 @@ def finetune(recipe: Recipe, items: Items | None = None, reporter: Reporter | No
     name = Path(recipe.data.source[0]).stem if items is None and recipe.data.source else "texts"
     folder = RunFolder(Path(recipe.out) if recipe.out else default_out(name))
     folder.check_free()
+    if items is None and recipe.data.source == ["-"]:
+        items = read_standard_input(recipe.data.documents, recipe.data.encoding)
     texts = read_texts(recipe.data, items)
     recipe.out = str(folder.path.absolute())
-    rows = None
     if items is not None:
         recipe.data.source = [str(folder.data.absolute())]
-        rows = "".join(
-            json.dumps(item if isinstance(item, Mapping) else {"text": item}, ensure_ascii=False, default=str) + "\n"
-            for item in items
-        )
     run = _prepare(recipe, texts, reporter)
-    if rows is not None:
-        run.manifest["data"]["files"][str(folder.data.absolute())] = hashlib.sha256(rows.encode()).hexdigest()
+    if items is not None:
+        files = run.manifest["data"]["files"]
+        files[str(folder.data.absolute())] = files.pop(MemoryRows.shown)
     folder.create(recipe, run.manifest)
-    if rows is not None:
-        write_text(folder.data, rows)
+    write_text(folder.dropped, (run.tokens.folder / "dropped.jsonl").read_text(encoding="utf-8"))
+    if items is not None:
+        write_text(folder.data, to_jsonl(items))
     return _run(run, folder, reporter, resume_from=None)
 
 
@@ -114,7 +112,7 @@ def resume(path: str | Path, reporter: Reporter | None = None) -> FinishedRun:
 
 def _prepare(recipe: Recipe, texts: Texts, reporter: Reporter) -> _Prepared:
     """Reads, encodes and decides all that can fail before a step; completes `recipe`."""
-    for line in texts.how:
+    for line in (*texts.how, *texts.notes):
         reporter.say(line)
     location = locate(recipe.model)
     if Path(recipe.model).exists():
@@ -122,19 +120,23 @@ def _prepare(recipe: Recipe, texts: Texts, reporter: Reporter) -> _Prepared:
     once = " (converted once, about a minute)" if location.kind == "package" else ""
     reporter.say(f"Loading {recipe.model} from {location.path}{once}")
     loaded = load_model(recipe.model, precision="float32")
-    recipe.data.prompt_format = resolve_prompt_format(loaded.tokenizer, texts.shape, recipe.data.prompt_format)
-    encoder = Encoder(loaded.tokenizer, recipe.data.prompt_format)
+    data = recipe.data
+    data.prompt_format = resolve_prompt_format(
+        loaded.tokenizer, texts.shape, data.prompt_format, data.chat_template, texts.thoughts
+    )
+    new_tokens = grow_vocabulary(loaded)
+    encoder = Encoder(loaded.tokenizer, data.prompt_format, data.train_on)
     tokens = encode_texts(texts, encoder, recipe.data, loaded.context_length)
     parameters = loaded.causal_lm.num_parameters()
-    trainable = make_trainable(loaded, recipe)
+    trainable = make_trainable(loaded, recipe, new_tokens)
     objective = CausalLM(loaded.causal_lm)
     settings = recipe.training
     settings.precision = settings.precision or faster_precision(loaded.device)
     steps = settle(
         settings,
-        examples=len(tokens.train),
-        tokens=sum(len(example.input_ids) for example in tokens.train),
-        validation_tokens=sum(len(example.input_ids) for example in tokens.validation),
+        examples=sum(share.draws for share in tokens.mixture) or len(tokens.train),
+        tokens=int(tokens.train.lengths.sum()),
+        validation_tokens=int(tokens.validation.lengths.sum()),
         parameters=parameters,
         tokens_per_second=lambda: _speed(objective, tokens.train, settings),
     )
@@ -179,6 +181,7 @@ def _run(run: _Prepared, folder: RunFolder, reporter: Reporter, resume_from: Che
             folder.append_metrics,
             reporter,
             resume_from,
+            tokens.mixture,
         )
     except TrainingInterrupted as stop:
         raise TrainingInterrupted(f"{stop} Go on with: finespun train --resume {folder.path}") from None
@@ -209,9 +212,9 @@ def _speed(objective: CausalLM, examples: Sequence[TokenizedExample], recipe: Tr
     return tokens_per_second(objective, examples, recipe.batch_size or 1, recipe.micro_batch_tokens or 1)
 
 
-def make_trainable(loaded: LoadedModel, recipe: Recipe) -> int:
+def make_trainable(loaded: LoadedModel, recipe: Recipe, new_tokens: Sequence[int] = ()) -> int:
     """Sets which parameters get a gradient; returns how many numbers that is. A new adapter changes nothing of what
-    the model says before it is trained."""
+    the model says before it is trained; beside it, the embeddings of `new_tokens` are trained."""
     if recipe.training.method == "full":
         if loaded.has_adapter:
             loaded.model = merge(loaded.model)
@@ -221,7 +224,7 @@ def make_trainable(loaded: LoadedModel, recipe: Recipe) -> int:
             parameter.requires_grad_("lora_" in name)
     else:
         torch.manual_seed(recipe.training.seed)
-        loaded.model = add_lora(loaded.causal_lm, recipe.lora)
+        loaded.model = add_lora(loaded.causal_lm, recipe.lora, new_tokens)
     return sum(parameter.numel() for parameter in loaded.model.parameters() if parameter.requires_grad)
 
 
@@ -232,7 +235,7 @@ def _sample_prompts(run: _Prepared) -> list[Sample]:
     # of the examples that the length limit cut, not every prompt leaves room for an answer
     fitting = (
         {"prompt": prompt, "reference": reference}
-        for prompt, reference in map(prompt_of, run.texts.validation)
+        for prompt, reference in (prompt_of(example) for _, example in run.texts.examples(HELD_OUT))
         if len(run.encoder.encode_prompt(prompt)) < run.loaded.context_length
     )
     return list(islice(fitting, run.recipe.samples.count))
@@ -251,30 +254,28 @@ def _write_out(samples: Sequence[Sample], when: str, run: _Prepared) -> list[Sam
 
 def _describe(texts: Texts, tokens: Tokens, recipe: Recipe) -> dict[str, Any]:
     """What the data is, for manifest and report."""
-    lengths = [len(example.input_ids) for example in tokens.train]
-    counts, edges = np.histogram(lengths, bins=min(30, max(1, len(set(lengths)))))
+    lengths = tokens.train.lengths
+    counts, edges = np.histogram(lengths, bins=min(30, len(np.unique(lengths))))
     return {
-        "files": {str(path.absolute()): file_sha256(path) for path in texts.files},
+        "files": texts.files,
+        "format": texts.reader.format,
         "shape": texts.shape,
         "prompt_format": recipe.data.prompt_format,
-        "read": len(texts.train) + len(texts.validation),
+        "read": len(texts.sides),
+        "dropped": tokens.dropped,
         "train": len(tokens.train),
         "validation": len(tokens.validation),
-        "train_tokens": sum(lengths),
-        "train_loss_tokens": _loss_tokens(tokens.train),
-        "validation_loss_tokens": _loss_tokens(tokens.validation),
+        "train_tokens": int(lengths.sum()),
+        "train_loss_tokens": int(tokens.train.trained.sum()),
+        "validation_loss_tokens": int(tokens.validation.trained.sum()),
         "length_median": int(np.median(lengths)),
         "length_max": tokens.lengths.longest,
         "length_histogram": {"counts": counts.tolist(), "edges": [round(float(edge), 1) for edge in edges]},
         "max_length": recipe.data.max_length,
-        "too_long": tokens.lengths.too_long,
-        "too_long_action": tokens.lengths.action,
+        "too_long": tokens.lengths.count,
+        "too_long_action": tokens.lengths.too_long,
         "tokens_lost": tokens.lengths.tokens_lost,
     }
-
-
-def _loss_tokens(examples: Sequence[TokenizedExample]) -> int:
-    return sum(example.trained_tokens for example in examples)
 
 
 def _summary(data: Mapping[str, Any]) -> list[str]:
@@ -285,7 +286,12 @@ def _summary(data: Mapping[str, Any]) -> list[str]:
         f"longest {data['length_max']}, limit {data['max_length']}"
     ]
     if data["too_long"]:
-        did = {"cut": "were cut", "skip": "were left out", "split": "were split into several"}[data["too_long_action"]]
+        did = {
+            "cut": "were cut",
+            "cut-left": "lost their beginning",
+            "skip": "were left out",
+            "split": "were split into several",
+        }[data["too_long_action"]]
         lines.append(
             f"{data['too_long']} examples longer than {data['max_length']} tokens {did}; "
             f"{data['tokens_lost']:,} tokens are not trained."

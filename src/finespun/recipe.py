@@ -7,12 +7,13 @@ at `None` is decided when the run starts, from the model and the data, and the d
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from rapidfuzz import fuzz
 
 from finespun.errors import RecipeError
@@ -45,25 +46,87 @@ class TemplateRecipe(Section):
         return self
 
 
+class CleanRecipe(Section):
+    """What is done to the texts before training. Each row that is left out is written down with the reason."""
+
+    deduplicate: Literal["exact", "near"] | None = None
+    """Leave out examples that say the same as an earlier one, or nearly the same (four of five word triples)."""
+    fix_encoding: bool = False
+    """Mend texts that were decoded wrongly ("cafÃ©") and remove invisible characters."""
+    min_characters: Annotated[int, Field(ge=1)] | None = None
+    """Leave out examples whose answer, or text, is shorter."""
+    max_characters: Annotated[int, Field(ge=1)] | None = None
+    """Leave out examples whose answer, or text, is longer."""
+    keep_matching: str | None = None
+    """Leave out examples in which this regular expression is not found."""
+    drop_matching: str | None = None
+    """Leave out examples in which this regular expression is found."""
+
+    @field_validator("keep_matching", "drop_matching")
+    @classmethod
+    def _is_pattern(cls, value: str | None) -> str | None:
+        try:
+            re.compile(value or "")
+        except re.error as error:
+            raise ValueError(f"is no regular expression: {error}") from None
+        return value
+
+
 class DataRecipe(Section):
     """Which texts are trained, and how they become examples."""
 
     source: list[str] | None = None
-    """Files (.txt, .jsonl, .json, .csv), folders of them, or `fables`, the texts that come with finespun."""
+    """Files (.txt, .md, .jsonl, .json, .csv, .tsv, .parquet, .arrow, .xlsx; also .gz, .bz2, .xz, .zst, in a .zip),
+    folders or patterns of them, hf:NAME[CONFIG]:SPLIT, - for standard input, or `fables`, the texts that come with
+    finespun. Several are put together, or mixed with weights: stories.jsonl:0.7 letters/*.txt:0.3."""
     validation: list[str] | Annotated[float, Field(ge=0, lt=1)] | None = None
-    """Held-out texts: files, or the share of the source to hold out [default: 0.1, about 200 of more than
+    """Held-out texts: sources, or the share of the data to hold out [default: 0.1, about 200 of more than
     2,000 examples, or the set's own]."""
+    group_by: str | None = None
+    """Column of an author, a conversation or the like: what belongs to one is held out together."""
+    format: (
+        Literal[
+            "text",
+            "prompt-completion",
+            "alpaca",
+            "sharegpt",
+            "chat",
+            "question-answer",
+            "translation",
+            "summarization",
+            "preference",
+            "rated",
+        ]
+        | None
+    ) = None
+    """What the rows are [default: seen from their columns]."""
+    columns: dict[str, str] | None = None
+    """Own names of columns: --data.columns.prompt ask reads the column `ask` as `prompt`."""
+    template: TemplateRecipe | None = None
+    """Jinja templates over the columns of a row, in place of a format."""
+    encoding: str | None = None
+    """Encoding of text files [default: UTF-8, or found out]."""
     documents: Literal["blank-lines", "lines", "files"] | None = None
     """What separates the documents of a .txt file [default: blank-lines if it has any, else lines]."""
-    template: TemplateRecipe | None = None
-    """Jinja templates over the columns of a row."""
+    on_bad_row: Literal["refuse", "skip"] = "refuse"
+    """What happens when rows cannot be used: nothing is trained, or they are left out and written down."""
+    clean: CleanRecipe | None = None
+    """What is done to the texts before training."""
     prompt_format: Literal["chat", "raw"] | None = None
     """Put prompts through the model's chat template, or take them as they are [default: chat if the model has a chat
     template and the data has prompts]."""
+    chat_template: Literal["plain", "chatml"] | None = None
+    """A template in place of the model's own: plain words, or ChatML with its two tokens, which the model then learns
+    [default: the model's, or plain where it has none]."""
+    train_on: Literal["all", "last"] = "all"
+    """Of a conversation, train all turns of the assistant or the last."""
     max_length: Annotated[int, Field(ge=8)] | None = None
     """Longest example in tokens [default: the model's context, at most 2048]."""
-    too_long: Literal["refuse", "cut", "skip", "split"] | None = None
-    """What happens to a longer one: split makes several of a text [default: split for texts, refuse for the rest]."""
+    too_long: Literal["refuse", "cut", "cut-left", "skip", "split"] | None = None
+    """What happens to a longer one: cut keeps its beginning, cut-left its end, skip leaves it out, split makes several
+    of a text [default: split for texts, refuse for the rest]."""
+    overlap: Annotated[int, Field(ge=0)] = 0
+    """Tokens that the parts of a split text share as context."""
 
     @model_validator(mode="before")
     @classmethod
@@ -255,7 +318,11 @@ def explain(error: ValidationError) -> str:
     return "; ".join(faults.values())
 
 
-_KEY_PARTS = {part for key in known_keys() for part in key.split(".")} | set(TemplateRecipe.model_fields)
+_KEY_PARTS = (
+    {part for key in known_keys() for part in key.split(".")}
+    | set(TemplateRecipe.model_fields)
+    | set(CleanRecipe.model_fields)
+)
 
 
 def _merge(into: dict[str, Any], layer: Mapping[str, Any]) -> None:

@@ -3,6 +3,7 @@
 recipe.yaml      the resolved recipe, which runs again as it is
 manifest.json    hashes of data and base model, versions, hardware, what the data was, the results
 metrics.jsonl    one object a step
+dropped.jsonl    rows of the data that were left out, each with the reason
 checkpoints/     step-000123/, complete states to go on from
 samples.jsonl    held-out prompts with the texts before and after
 model/           the trained model, a Hugging Face or PEFT folder
@@ -51,6 +52,11 @@ class RunFolder:
     def data(self) -> Path:
         """Texts that came as Python objects, so that the stored recipe can name a file."""
         return self.path / "data.jsonl"
+
+    @property
+    def dropped(self) -> Path:
+        """Rows that were left out, each with the reason."""
+        return self.path / "dropped.jsonl"
 
     def check_free(self) -> None:
         """Raises `RunError` if the folder holds a run, or anything else, already."""

@@ -9,7 +9,7 @@ from typing import Any, overload
 from pydantic import ValidationError
 
 from finespun.data.formats import Message
-from finespun.data.prepare import Items
+from finespun.data.sources import Items
 from finespun.data.templates import Encoder
 from finespun.errors import RecipeError, RunError
 from finespun.finetuning import FinishedRun, finetune

@@ -7,8 +7,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finespun.data.sources import builtin_sets, expand, read_file, rows_from_memory
+from finespun.data.readers import BadRow, Documents, Row
+from finespun.data.sources import MemoryRows, builtin_sets, open_sources, rows_of
 from finespun.errors import DataError
+
+
+def read(path: Path, documents: Documents | None = None) -> list[Row]:
+    """All rows of a file, each of them usable."""
+    (source,) = open_sources([str(path)], documents=documents)
+    rows = list(rows_of(source))
+    assert not [row for row in rows if isinstance(row, BadRow)]
+    return rows
 
 
 @pytest.mark.parametrize(
@@ -25,16 +34,16 @@ from finespun.errors import DataError
 def test_documents_of_a_text_file(tmp_path: Path, text: str, documents, expected: list[str]) -> None:
     path = tmp_path / "t.txt"
     path.write_bytes(text.encode())
-    rows, how = read_file(path, documents)
-    assert [row.columns["text"] for row in rows] == expected
+    assert [row.columns["text"] for row in read(path, documents)] == expected
+    how = open_sources([str(path)], documents=documents)[0].parts[0].how()
     assert ("data.documents" in how) == (documents is None), "a choice that was made for the person is printed"
 
 
 def test_rows_know_the_line_where_they_stand(tmp_path: Path) -> None:
     (tmp_path / "t.txt").write_text("a\nb\n\n\nc\n")
-    assert [row.origin.row for row in read_file(tmp_path / "t.txt")[0]] == [1, 5]
+    assert [row.origin.row for row in read(tmp_path / "t.txt")] == [1, 5]
     (tmp_path / "t.jsonl").write_text('{"text": "a"}\n\n{"text": "b"}\n')
-    assert [str(row.origin) for row in read_file(tmp_path / "t.jsonl")[0]] == [
+    assert [str(row.origin) for row in read(tmp_path / "t.jsonl")] == [
         f"{tmp_path / 't.jsonl'}, row {n}" for n in (1, 3)
     ]
 
@@ -52,24 +61,22 @@ def test_jsonl_and_json_give_back_any_text(
     )
     (folder / "a.json").write_text(json.dumps(rows), encoding="utf-8")
     for name in ("a.jsonl", "a.json"):
-        assert [row.columns for row in read_file(folder / name)[0]] == rows
+        assert [row.columns for row in read(folder / name)] == rows
 
 
 def test_csv_keeps_quoted_newlines_commas_and_chinese(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_bytes('\ufeffprompt,completion\n"a, ""b""\nc",江雪\n'.encode())
-    assert [dict(row.columns) for row in read_file(tmp_path / "t.csv")[0]] == [
-        {"prompt": 'a, "b"\nc', "completion": "江雪"}
-    ]
+    assert [dict(row.columns) for row in read(tmp_path / "t.csv")] == [{"prompt": 'a, "b"\nc', "completion": "江雪"}]
 
 
 def test_a_folder_gives_its_files_in_order_and_nothing_else(tmp_path: Path) -> None:
     for name in ("b.txt", "a.jsonl", "notes.docx", "c/d.csv"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("x")
-    assert [path.name for path in expand([str(tmp_path)])] == ["a.jsonl", "b.txt", "d.csv"]
+    assert [part.path.name for part in open_sources([str(tmp_path)])[0].parts] == ["a.jsonl", "b.txt", "d.csv"]
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="holds no"):
-        expand([str(tmp_path / "empty")])
+        open_sources([str(tmp_path / "empty")])
 
 
 @pytest.mark.parametrize(
@@ -77,12 +84,12 @@ def test_a_folder_gives_its_files_in_order_and_nothing_else(tmp_path: Path) -> N
 )
 def test_lists_that_are_no_data(items: list, said: str) -> None:
     with pytest.raises(DataError, match=said):
-        rows_from_memory(items)
+        list(MemoryRows(items).rows())
 
 
 def test_the_fables_are_as_promised() -> None:
     fables = builtin_sets()["fables"]
-    train, validation = (read_file(path)[0] for path in (fables.train, fables.validation))
+    train, validation = (read(path) for path in (fables.train, fables.validation))
     rows = [row.columns for row in (*train, *validation)]
     assert len(rows) >= 240
     for row in rows:

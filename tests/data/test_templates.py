@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from conftest import CHATML
 from finespun.data.formats import Message, MessagesExample, PromptExample, TextExample
-from finespun.data.sources import Origin
+from finespun.data.readers import Origin
 from finespun.data.templates import Encoder, TokenizedExample, resolve_prompt_format
 from finespun.errors import DataError, ModelError
 
@@ -52,14 +52,15 @@ def trained_runs(tokenizer: PreTrainedTokenizerFast, example: TokenizedExample) 
 
 def test_only_the_assistants_words_and_end_of_turn_are_trained(smollm2_tokenizer: PreTrainedTokenizerFast) -> None:
     encoder = Encoder(smollm2_tokenizer)
-    example = encoder.encode_example(MessagesExample(TALK, HERE))
+    (example,) = encoder.encode_example(MessagesExample(TALK, HERE))
     assert trained_runs(smollm2_tokenizer, example) == [
         "The ferryman.\n\nHe rows.<|im_end|>",
         "独钓寒江雪 🙂<|im_end|>",
     ]
     whole = smollm2_tokenizer.apply_chat_template(list(TALK[:5]), tokenize=False)
     assert smollm2_tokenizer.decode(example.input_ids) == whole.removesuffix("\n")
-    assert encoder.encode_prompt(TALK[:4]) == example.input_ids[: len(encoder.encode_prompt(TALK[:4]))]
+    prompt = encoder.encode_prompt(TALK[:4])
+    assert prompt == example.input_ids[: len(prompt)].tolist()
 
 
 def test_a_prompt_is_what_the_chat_template_makes_of_it(smollm2_tokenizer: PreTrainedTokenizerFast) -> None:
@@ -89,7 +90,7 @@ def test_a_template_that_changes_what_was_said_is_refused(
 
 def test_a_template_that_strips_still_trains_the_words(tokenizer: PreTrainedTokenizerFast) -> None:
     tokenizer.chat_template = CHATML.replace("message['content']", "message['content'] | trim")
-    example = Encoder(tokenizer).encode_example(PromptExample("who?", " the ferryman \n", HERE))
+    (example,) = Encoder(tokenizer).encode_example(PromptExample("who?", " the ferryman \n", HERE))
     assert trained_runs(tokenizer, example) == ["the ferryman<|im_end|>"]
 
 
@@ -110,12 +111,13 @@ def test_a_template_that_thinks_before_an_answer_trains_the_answer(tokenizer: Pr
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}"
         "{% if enable_thinking is defined and enable_thinking is false %}{{ '" + thought + "' }}{% endif %}{% endif %}"
     )
+    resolve_prompt_format(tokenizer, "messages", None)
     encoder = Encoder(tokenizer)
-    example = encoder.encode_example(PromptExample("who?", "the ferryman", HERE))
+    (example,) = encoder.encode_example(PromptExample("who?", "the ferryman", HERE))
     assert trained_runs(tokenizer, example) == ["the ferryman<|im_end|>"]
     prompt = encoder.encode_prompt("who?")
     assert tokenizer.decode(prompt).endswith("<think>\n\n</think>\n\n")
-    assert example.input_ids[: len(prompt)] == prompt
+    assert example.input_ids[: len(prompt)].tolist() == prompt
 
 
 def test_a_special_token_in_a_message_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -127,7 +129,7 @@ def test_a_model_without_a_chat_template_gets_a_plain_one_for_messages(gpt2_fold
     tokenizer = AutoTokenizer.from_pretrained(gpt2_folder)
     vocabulary = len(tokenizer)
     assert resolve_prompt_format(tokenizer, "messages", None) == "chat"
-    example = Encoder(tokenizer, "chat").encode_example(MessagesExample(TALK, HERE))
+    (example,) = Encoder(tokenizer, "chat").encode_example(MessagesExample(TALK, HERE))
     assert trained_runs(tokenizer, example) == ["The ferryman.\n\nHe rows.<|endoftext|>", "独钓寒江雪 🙂<|endoftext|>"]
     assert len(tokenizer) == vocabulary
 
@@ -200,10 +202,10 @@ def test_a_tokenizer_that_puts_a_space_before_texts_puts_none_between_prompt_and
     sentencepiece_like, completion: str
 ) -> None:
     encoder = Encoder(sentencepiece_like, "raw")
-    example = encoder.encode_example(PromptExample("the ferry", completion, HERE))
+    (example,) = encoder.encode_example(PromptExample("the ferry", completion, HERE))
     assert sentencepiece_like.decode(example.input_ids, skip_special_tokens=True) == "the ferry" + completion
     prompt = encoder.encode_prompt("the ferry")
-    assert example.input_ids[: len(prompt)] == prompt
+    assert example.input_ids[: len(prompt)].tolist() == prompt
     assert encoder.decode(example.input_ids[len(prompt) :]) == completion
 
 

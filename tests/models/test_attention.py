@@ -22,11 +22,10 @@ from transformers import (
 )
 
 from finespun.data.packing import pack
-from finespun.data.sources import Origin
-from finespun.data.templates import TokenizedExample
+from finespun.data.readers import Origin
 from finespun.models.attention import packed_attention, plan_packing
 from finespun.training.objectives.causal_lm import CausalLM
-from reference import gradients, losses_one_by_one
+from reference import gradients, losses_one_by_one, tokenized
 
 
 def plain_attention(
@@ -101,7 +100,7 @@ def test_loss_and_gradient_equal_transformers_own_for(name: str) -> None:
         torch.nn.init.normal_(parameter, std=0.3)
     lengths = (3, 17, 9, 2)
     examples = [
-        TokenizedExample(
+        tokenized(
             torch.randint(3, 99, (n,)).tolist(),
             [0.0, *torch.randint(0, 2, (n - 2,)).double().tolist(), 1.0],
             Origin("t", n),

@@ -66,11 +66,13 @@ def generate(
 
 
 def _read_prompts(path: Path) -> list[Prompt]:
-    from finespun.data.sources import read_file
+    from finespun.data.readers import BadRow
+    from finespun.data.sources import open_sources, rows_of
 
-    rows, _ = read_file(path, "lines")
     found: list[Prompt] = []
-    for row in rows:
+    for row in rows_of(*open_sources([str(path)], documents="lines")):
+        if isinstance(row, BadRow):
+            raise DataError(str(row))
         prompt = next((row.columns[key] for key in ("prompt", "messages", "text") if key in row.columns), None)
         if prompt is None:
             raise DataError(

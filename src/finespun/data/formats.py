@@ -1,35 +1,94 @@
-"""Rows → Examples. Knows the shapes that texts come in; knows nothing of models or tokens.
+"""Rows → Examples. Knows the formats that texts come in; knows nothing of models or tokens.
 
-The shape is read off the columns' names and must be the same for all rows: `text`; `prompt` and `completion`;
-`messages`, a list of `{"role": "system" | "user" | "assistant", "content": "..."}`. A Jinja template makes either of
-the first two from any columns.
+The format is read off the columns' names, or given, and must be the same for all rows. Whatever the format, an example
+has one of three shapes: a text; a prompt and its completion; messages, in which the assistant's are to be learned.
+Preference data has two answers to one prompt, rated data one answer and whether it is good.
+
+Formats and their columns (others are not used, and named):
+
+    text               text
+    prompt-completion  prompt, completion: texts, or lists of messages
+    alpaca             instruction, output (or response); input (or context), system, history: [[said, answered], ...]
+    sharegpt           conversations: [{from, value}, ...]; system, tools
+    chat               messages: [{role, content, ...}, ...] as OpenAI has them; system, tools
+    question-answer    question, answer; context
+    translation        source, target; or translation: {language: text, language: text}
+    summarization      document (article, dialogue, text), summary (highlights)
+    preference         chosen, rejected; prompt (or messages, conversations, question, instruction and input), or none:
+                       what both begin with; system
+    rated              label: true or false, beside any of prompt-completion, alpaca, sharegpt, chat (KTO)
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, TypedDict
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import takewhile
+from typing import Any, Literal, NotRequired, TypedDict
 
 import jinja2
+import orjson
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from finespun.data.sources import Origin, Row, raise_all
+from finespun.data.readers import BadRow, Origin, Row, excerpt
 from finespun.errors import DataError
 
-Shape = Literal["text", "prompt+completion", "messages"]
+Shape = Literal["text", "prompt+completion", "messages", "preference", "rated"]
 
-ROLES = ("system", "user", "assistant")
+Format = Literal[
+    "text",
+    "prompt-completion",
+    "alpaca",
+    "sharegpt",
+    "chat",
+    "question-answer",
+    "translation",
+    "summarization",
+    "preference",
+    "rated",
+]
+
+ROLES = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bard": "assistant",
+    "model": "assistant",
+    "function_call": "assistant",
+    "tool_call": "assistant",
+    "tool": "tool",
+    "tool_response": "tool",
+    "function": "tool",
+    "observation": "tool",
+    "function_response": "tool",
+}
+"""Names that a speaker goes by, and the role of a chat template that each is."""
 
 
 class Message(TypedDict):
-    """One turn of a conversation."""
+    """One turn of a conversation, as chat templates take it. `weight` is the assistant's loss weight; 1 if absent."""
 
     role: str
     content: str
+    tool_calls: NotRequired[list[dict[str, Any]]]
+    tool_call_id: NotRequired[str]
+    name: NotRequired[str]
+    reasoning_content: NotRequired[str]
+    weight: NotRequired[float]
 
 
-@dataclass(frozen=True)
+Tools = list[dict[str, Any]]
+
+DEEPEST = 64
+"""Levels of the arguments of a tool call and of a tool's schema; templates are written in recursive functions."""
+
+
+@dataclass(frozen=True, slots=True)
 class TextExample:
     """A text that is trained from its first token to its end."""
 
@@ -37,7 +96,7 @@ class TextExample:
     origin: Origin
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class PromptExample:
     """A prompt, which is context, and a completion, which is trained."""
 
@@ -46,123 +105,661 @@ class PromptExample:
     origin: Origin
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class MessagesExample:
-    """A conversation in which the assistant's words are trained."""
+    """A conversation in which the assistant's words are trained; `tools` are what it may call, as JSON schemas."""
 
     messages: tuple[Message, ...]
     origin: Origin
+    tools: Tools | None = None
 
 
-Example = TextExample | PromptExample | MessagesExample
+@dataclass(frozen=True, slots=True)
+class PreferenceExample:
+    """A prompt with an answer that people prefer and one that they do not: texts, or messages all three."""
+
+    prompt: str | tuple[Message, ...]
+    chosen: str | tuple[Message, ...]
+    rejected: str | tuple[Message, ...]
+    origin: Origin
 
 
-def examples_from_rows(rows: Sequence[Row], template: Mapping[str, str] | None = None) -> tuple[list[Example], Shape]:
-    """Examples of one shape from `rows`, and the shape.
+@dataclass(frozen=True, slots=True)
+class RatedExample:
+    """An answer and whether it is a good one (KTO, Ethayarajh et al. 2024)."""
 
-    `template` maps `text`, or `prompt` and `completion`, to Jinja templates over a row's columns. Raises `DataError`
-    for rows without the needed columns, rows of different shapes, values that are not text, and empty completions.
+    example: PromptExample | MessagesExample
+    label: bool
+
+    @property
+    def origin(self) -> Origin:
+        return self.example.origin
+
+
+Trainable = TextExample | PromptExample | MessagesExample
+Example = Trainable | PreferenceExample | RatedExample
+
+
+class _Unusable(Exception):
+    """Why a row is no example."""
+
+
+class _Columns(dict[str, Any]):
+    """The columns of a row, which remember those that were read."""
+
+    def __init__(self, columns: Mapping[str, Any]) -> None:
+        super().__init__(columns)
+        self.used: set[str] = set()
+
+    def __getitem__(self, name: str) -> Any:
+        self.used.add(name)
+        return super().__getitem__(name)
+
+    def get(self, name: Any, default: Any = None) -> Any:
+        self.used.add(name)
+        return super().get(name, default)
+
+
+class ExampleReader:
+    """Makes examples of rows, one after another, and remembers what formats they had.
+
+    `columns` renames columns first, `{"prompt": "ask"}` making `prompt` of `ask`; `template` maps `text`, or `prompt`
+    and `completion`, to Jinja templates over a row's columns and takes the place of a format.
     """
-    if template:
-        rows = _render(rows, template)
-    shape = _shape_of(rows)
-    read = {"text": _text, "prompt+completion": _prompt, "messages": _messages}[shape]
-    examples: list[Example] = []
-    faults: list[str] = []
-    for row in rows:
-        result = read(row)
-        if isinstance(result, str):
-            faults.append(f"{row.origin}: {result}")
-        else:
-            examples.append(result)
-    raise_all(faults)
-    return examples, shape
 
+    def __init__(
+        self,
+        format: Format | None = None,  # noqa: A002  # the recipe's word
+        columns: Mapping[str, str] | None = None,
+        template: Mapping[str, str] | None = None,
+    ) -> None:
+        self.wanted = format
+        self.columns = columns or {}
+        self.fill = _template(template) if template else None
+        self.first: dict[Format, Row] = {}
+        """The first row of each format that was met."""
+        self.shapes: set[Shape] = set()
+        self.unused: dict[str, None] = {}
+        """Columns that no example was made of."""
 
-def _detect(columns: Mapping[str, Any]) -> Shape | None:
-    if "messages" in columns:
-        return "messages"
-    if "prompt" in columns and "completion" in columns:
-        return "prompt+completion"
-    return "text" if "text" in columns else None
+    def read(self, row: Row) -> Example | BadRow:
+        """The example that `row` is, or why it is none."""
+        try:
+            columns = self._renamed(row.columns)
+            if self.fill:
+                example: Example = self.fill(columns, row.origin)
+            else:
+                found = self.wanted or detect(columns)
+                if found is None:
+                    raise _Unusable(
+                        f"has columns of no known format: {', '.join(map(repr, columns)) or 'none'}. Known are `text`; "
+                        "`prompt` and `completion`; `messages`; `conversations`; `instruction` and `output`; and more. "
+                        "data.columns gives columns such names; data.template makes texts of any."
+                    )
+                self.first.setdefault(found, row)
+                columns = _Columns(columns)
+                example = _READERS[found](columns, row.origin)
+                self.unused |= {_printable(name): None for name in columns if name not in columns.used}
+            for text in texts_of(example):
+                _check_text(text)
+        except _Unusable as why:
+            return BadRow(row.origin, _printable(why))
+        self.shapes.add(shape_of(example))
+        return example
 
+    @property
+    def shape(self) -> Shape:
+        """The shape of all examples so far: messages, where only some of them are conversations."""
+        return "messages" if "messages" in self.shapes else next(iter(self.shapes), "text")
 
-def _shape_of(rows: Sequence[Row]) -> Shape:
-    first: dict[Shape, Row] = {}
-    faults = []
-    for row in rows:
-        shape = _detect(row.columns)
-        if shape is None:
-            has = ", ".join(map(repr, row.columns)) or "nothing"
-            faults.append(
-                f"{row.origin}: has neither `text`, nor `prompt` and `completion`, nor `messages`; it has {has}."
+    @property
+    def format(self) -> str:
+        """What was understood, in a word."""
+        return "template" if self.fill else next(iter(self.first), "text")
+
+    def refuse_mixture(self) -> None:
+        """Raises `DataError`, with one row of each, if rows of several formats were met."""
+        if len(self.first) > 1:
+            found = "\n".join(
+                f"  {name}: {row.origin}: {excerpt(dict(row.columns))}" for name, row in self.first.items()
             )
-        else:
-            first.setdefault(shape, row)
-    raise_all(faults, "Rename the columns, or build the texts with data.template.prompt and data.template.completion.")
-    if len(first) > 1:
-        found = "\n".join(f"  {shape}: {row.origin}: {_shorten(dict(row.columns))}" for shape, row in first.items())
-        raise DataError(f"The rows have different shapes; train them apart, or bring them into one. Found:\n{found}")
-    return next(iter(first))
+            raise DataError(
+                f"The rows have different formats; train them apart, or bring them into one. Found:\n{found}"
+            )
+
+    def _renamed(self, columns: Mapping[str, Any]) -> Mapping[str, Any]:
+        if not self.columns:
+            return columns
+        if missing := [name for name in self.columns.values() if name not in columns]:
+            raise _Unusable(
+                f"has no column {missing[0]!r}, which data.columns names; it has {', '.join(map(repr, columns))}."
+            )
+        taken = set(self.columns.values()) | set(self.columns)
+        return {key: value for key, value in columns.items() if key not in taken} | {
+            new: columns[old] for new, old in self.columns.items()
+        }
 
 
-def _text(row: Row) -> TextExample | str:
-    text = row.columns["text"]
-    if not isinstance(text, str):
-        return f"`text` is {_shorten(text)}, not a text."
-    return TextExample(text, row.origin) if text.strip() else "`text` is empty."
+def detect(columns: Mapping[str, Any]) -> Format | None:
+    """The format whose columns a row has, by the order in which one format's columns are another's with more."""
+    has = columns.keys()
+    if {"chosen", "rejected"} <= has:
+        return "preference"
+    answered = (
+        {"prompt", "completion"} <= has
+        or "messages" in has
+        or "conversations" in has
+        or ("instruction" in has and _ANSWERS & has)
+    )
+    if answered and (isinstance(columns.get("label"), bool) or isinstance(columns.get("kto_tag"), bool)):
+        return "rated"
+    if "messages" in has:
+        return "chat"
+    if "conversations" in has:
+        return "sharegpt"
+    if {"prompt", "completion"} <= has:
+        return "prompt-completion"
+    if "instruction" in has and _ANSWERS & has:
+        return "alpaca"
+    if "question" in has and "answer" in has:
+        return "question-answer"
+    if "translation" in has or {"source", "target"} <= has:
+        return "translation"
+    if _SUMMARIES & has and _DOCUMENTS & has:
+        return "summarization"
+    return "text" if "text" in has else None
 
 
-def _prompt(row: Row) -> PromptExample | str:
-    prompt, completion = row.columns["prompt"], row.columns["completion"]
-    for name, value in (("prompt", prompt), ("completion", completion)):
-        if not isinstance(value, str):
-            return f"`{name}` is {_shorten(value)}, not a text."
-    if not completion.strip():
-        return "`completion` is empty, so there is nothing to learn from this row; fill it or remove the row."
-    return PromptExample(prompt, completion, row.origin)
+def shape_of(example: Example) -> Shape:
+    """The shape of one example."""
+    match example:
+        case TextExample():
+            return "text"
+        case PromptExample():
+            return "prompt+completion"
+        case MessagesExample():
+            return "messages"
+        case PreferenceExample():
+            return "preference"
+        case RatedExample():
+            return "rated"
 
 
-def _messages(row: Row) -> MessagesExample | str:
-    messages = row.columns["messages"]
-    if not isinstance(messages, list) or not messages:
-        return f"`messages` is {_shorten(messages)}, not a list of messages."
+def texts_of(example: Example) -> Iterator[str]:
+    """All that an example says, piece by piece."""
+    match example:
+        case TextExample(text):
+            yield text
+        case PromptExample(prompt, completion):
+            yield from (prompt, completion)
+        case MessagesExample(messages, _, tools):
+            yield from words_of(messages)
+            if tools:
+                yield json.dumps(tools, ensure_ascii=False)
+        case PreferenceExample(prompt, chosen, rejected):
+            for part in (prompt, chosen, rejected):
+                yield from [part] if isinstance(part, str) else words_of(part)
+        case RatedExample(inner):
+            yield from texts_of(inner)
+
+
+def prompt_and_answer(example: Example) -> tuple[str, str]:
+    """What is context and what is learned, each as one text, for looking at."""
+    match example:
+        case TextExample(text):
+            return "", text
+        case PromptExample(prompt, completion):
+            return prompt, completion
+        case MessagesExample(messages):
+            sides: tuple[list[str], list[str]] = ([], [])
+            for message in messages:
+                sides[message["role"] == "assistant"].extend(words_of([message]))
+            return "\n".join(sides[0]), "\n".join(sides[1])
+        case PreferenceExample(prompt, chosen):
+            asked, answered = (
+                part if isinstance(part, str) else "\n".join(words_of(part)) for part in (prompt, chosen)
+            )
+            return asked, answered
+        case RatedExample(inner):
+            return prompt_and_answer(inner)
+
+
+def changed(example: Example, change: Callable[[str], str]) -> Example:
+    """`example` with each of its texts put through `change`."""
+
+    def turn(messages: Iterable[Message]) -> tuple[Message, ...]:
+        said = ("content", "reasoning_content")
+        return tuple(
+            {**message, **{key: change(message[key]) for key in said if key in message}} for message in messages
+        )
+
+    match example:
+        case TextExample(text):
+            return replace(example, text=change(text))
+        case PromptExample(prompt, completion):
+            return replace(example, prompt=change(prompt), completion=change(completion))
+        case MessagesExample(messages):
+            return replace(example, messages=turn(messages))
+        case PreferenceExample(prompt, chosen, rejected):
+            parts = [change(part) if isinstance(part, str) else turn(part) for part in (prompt, chosen, rejected)]
+            return PreferenceExample(*parts, example.origin)
+        case RatedExample(inner):
+            return replace(example, example=changed(inner, change))
+
+
+def words_of(messages: Iterable[Message]) -> Iterator[str]:
+    """All that is said in `messages`, and thought, and called."""
+    for message in messages:
+        if thought := message.get("reasoning_content"):
+            yield thought
+        yield message["content"]
+        if calls := message.get("tool_calls"):
+            yield json.dumps([call["function"] for call in calls], ensure_ascii=False)
+
+
+def _check_text(text: str) -> None:
+    if "\0" in text:
+        raise _Unusable(
+            f"holds a NUL character at {text.index(chr(0))}: {excerpt(text)}. The file is damaged or no text."
+        )
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise _Unusable(
+                f"holds half a character (lone surrogate {text[error.start]!r}) at {error.start}, which no file can."
+            ) from None
+
+
+def _printable(words: Any) -> str:
+    return str(words).encode("utf-8", "backslashreplace").decode()
+
+
+def _column(columns: Mapping[str, Any], *names: str) -> str:
+    """The first of `names` that is a column."""
+    name = next((name for name in names if name in columns), None)
+    if name is None:
+        raise _Unusable(
+            f"has no column {' or '.join(f'`{name}`' for name in names)}; it has {', '.join(map(repr, columns))}."
+        )
+    return name
+
+
+def _text_in(columns: Mapping[str, Any], *names: str, empty: bool = True) -> str:
+    """The text in the first of the columns `names` that is there."""
+    name = _column(columns, *names)
+    value = columns[name]
+    if not isinstance(value, str):
+        raise _Unusable(f"`{name}` is {excerpt(value)}, not a text.")
+    if not empty and not value.strip():
+        learn = "" if name == "text" else ", so there is nothing to learn from this row; fill it or remove the row"
+        raise _Unusable(f"`{name}` is empty{learn}.")
+    return value
+
+
+def _optional(columns: Mapping[str, Any], *names: str) -> str:
+    """As `_text_in`, and an empty text where there is none or a null."""
+    name = next((name for name in names if columns.get(name) is not None), None)
+    return "" if name is None else _text_in(columns, name)
+
+
+def _read_text(columns: Mapping[str, Any], origin: Origin) -> Example:
+    return TextExample(_text_in(columns, "text", empty=False), origin)
+
+
+def _read_prompt(columns: Mapping[str, Any], origin: Origin) -> PromptExample | MessagesExample:
+    prompt, completion = _said(columns, "prompt"), _said(columns, "completion", empty=False)
+    if isinstance(prompt, str) and isinstance(completion, str):
+        return PromptExample(prompt, completion, origin)
+    said = _turns(completion, "assistant")
+    if any(message["role"] != "assistant" for message in said):
+        raise _Unusable("`completion` holds a message that is not the assistant's.")
+    return _conversation([*_context(_turns(prompt, "user")), *said], origin, _tools(columns))
+
+
+def _read_alpaca(columns: Mapping[str, Any], origin: Origin) -> PromptExample | MessagesExample:
+    asked = _text_in(columns, "instruction")
+    if more := _optional(columns, "input", "context"):
+        asked = f"{asked}\n{more}" if asked else more
+    answer = _text_in(columns, "output", "response", empty=False)
+    system, history = _optional(columns, "system"), columns.get("history")
+    if isinstance(history, str | None) and not history:
+        history = []
+    if not isinstance(history, list) or not all(
+        isinstance(turn, list | tuple) and len(turn) == 2 and all(isinstance(part, str) for part in turn)
+        for turn in history
+    ):
+        raise _Unusable(f"`history` is {excerpt(history)}; it should be a list of [said, answered].")
+    if not system and not history:
+        return PromptExample(asked, answer, origin)
+    messages: list[Message] = []
+    for said, answered in [*history, (asked, answer)]:
+        messages += [Message(role="user", content=said), Message(role="assistant", content=answered)]
+    return _conversation(messages, origin, None, system)
+
+
+def _read_sharegpt(columns: Mapping[str, Any], origin: Origin) -> MessagesExample:
+    return _read_conversation(columns, "conversations", origin)
+
+
+def _read_chat(columns: Mapping[str, Any], origin: Origin) -> MessagesExample:
+    return _read_conversation(columns, "messages", origin)
+
+
+def _read_conversation(columns: Mapping[str, Any], name: str, origin: Origin) -> MessagesExample:
+    messages = _messages(columns[_column(columns, name)], name)
+    return _conversation(messages, origin, _tools(columns), _optional(columns, "system"))
+
+
+def _read_question(columns: Mapping[str, Any], origin: Origin) -> Example:
+    asked = _text_in(columns, "question")
+    if context := _optional(columns, "context"):
+        asked = f"{context}\n\n{asked}"
+    return PromptExample(asked, _text_in(columns, "answer", empty=False), origin)
+
+
+def _read_translation(columns: Mapping[str, Any], origin: Origin) -> Example:
+    if "translation" not in columns:
+        return PromptExample(_text_in(columns, "source"), _text_in(columns, "target", empty=False), origin)
+    pair = columns["translation"]
+    if not isinstance(pair, Mapping) or len(pair) != 2:
+        raise _Unusable(f"`translation` is {excerpt(pair)}; it should hold a text in each of two languages.")
+    source, target = pair
+    return PromptExample(_text_in(pair, source), _text_in(pair, target, empty=False), origin)
+
+
+def _read_summary(columns: Mapping[str, Any], origin: Origin) -> Example:
+    return PromptExample(
+        _text_in(columns, "document", "article", "dialogue", "text"),
+        _text_in(columns, "summary", "highlights", empty=False),
+        origin,
+    )
+
+
+def _read_preference(columns: Mapping[str, Any], origin: Origin) -> PreferenceExample:
+    chosen, rejected = _said(columns, "chosen", empty=False), _said(columns, "rejected", empty=False)
+    if isinstance(chosen, str) != isinstance(rejected, str):
+        raise _Unusable("one of `chosen` and `rejected` is a text, the other is messages.")
+    if chosen == rejected:
+        raise _Unusable("`chosen` and `rejected` are the same.")
+    given, system = _question(columns), _optional(columns, "system")
+    prompt, chosen, rejected = _common_beginning(chosen, rejected) if given is None else (given, chosen, rejected)
+    if isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str) and not system:
+        return PreferenceExample(prompt, chosen, rejected, origin)
+    asked, answers = _turns(prompt, "user"), [_turns(chosen, "assistant"), _turns(rejected, "assistant")]
+    if given is not None and all(answer[0]["role"] != "assistant" for answer in answers):  # they repeat the prompt
+        begun, *answers = _common_beginning(*answers)
+        if any(message not in begun for message in asked):
+            raise _Unusable("`chosen` and `rejected` are conversations that do not both begin with the prompt.")
+        asked = begun
+    asked = _context(_opened(system, asked))
+    for name, answer in zip(("chosen", "rejected"), answers, strict=True):
+        if not answer or answer[0]["role"] != "assistant":
+            raise _Unusable(f"`{name}` has no answer of the assistant's behind the prompt.")
+        try:
+            _conversation([*asked, *answer], origin)
+        except _Unusable as why:
+            raise _Unusable(f"with `{name}`, {why}") from None
+    return PreferenceExample(tuple(asked), tuple(answers[0]), tuple(answers[1]), origin)
+
+
+def _question(columns: Mapping[str, Any]) -> str | list[Message] | None:
+    """What is answered, if there is a column of it."""
+    for name in ("prompt", "messages", "conversations", "question"):
+        if columns.get(name) is not None:
+            return _said(columns, name)
+    if "instruction" in columns or "input" in columns:
+        return "\n".join(filter(None, [_optional(columns, "instruction"), _optional(columns, "input")])) or None
+    return None
+
+
+def _common_beginning(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
+    """What both answers begin with, and the rest of each; of texts up to the last turn of an assistant, where they are
+    dialogues as HH-RLHF has them, or else up to a line's or a word's end."""
+    length = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False)))
+    if isinstance(chosen, str):
+        dialogue = "\n\nAssistant:" in chosen[:length]
+        marks = ("\n\nAssistant:",) if dialogue else (" ", "\n")
+        length = max(chosen.rfind(mark, 0, length) + len(mark) for mark in marks)
+        for name, rest in (("chosen", chosen[length:]), ("rejected", rejected[length:])):
+            if not rest.strip():
+                raise _Unusable(f"`{name}` is empty behind what both answers begin with.")
+            if dialogue and "\n\nHuman:" in rest:
+                raise _Unusable(f"`{name}` differs before the last question, so part of the answer is the human's.")
+    if not (chosen[:length].strip() if isinstance(chosen, str) else length):
+        raise _Unusable(
+            "has no prompt: `chosen` and `rejected` begin differently. If a column holds it, name it with "
+            "data.columns.prompt."
+        )
+    return chosen[:length], chosen[length:], rejected[length:]
+
+
+def _read_rated(columns: Mapping[str, Any], origin: Origin) -> RatedExample:
+    name = _column(columns, "label", "kto_tag")
+    label = columns[name]
+    if not isinstance(label, bool):
+        raise _Unusable(f"`{name}` is {excerpt(label)}; it should be true or false.")
+    inner = detect({key: value for key, value in columns.items() if key not in ("label", "kto_tag")})
+    example = _READERS[inner or "prompt-completion"](columns, origin)
+    if not isinstance(example, PromptExample | MessagesExample):
+        raise _Unusable("is rated, but has no prompt.")
+    return RatedExample(example, label)
+
+
+def _said(columns: Mapping[str, Any], name: str, empty: bool = True) -> str | list[Message]:
+    """A text, or messages, or one alone."""
+    value = columns[_column(columns, name)]
+    if isinstance(value, str):
+        return _text_in(columns, name, empty=empty)
+    if not isinstance(value, list | Mapping):
+        raise _Unusable(f"`{name}` is {excerpt(value)}, not a text or a list of messages.")
+    return _messages([value] if isinstance(value, Mapping) else value, name)
+
+
+def _turns(said: str | list[Message], role: str) -> list[Message]:
+    return [Message(role=role, content=said)] if isinstance(said, str) else said
+
+
+def _context(messages: Iterable[Message]) -> list[Message]:
+    """`messages` with what the assistant said in them as context, which is not trained."""
+    return [{**message, "weight": 0.0} if message["role"] == "assistant" else message for message in messages]
+
+
+def _opened(system: str, messages: list[Message]) -> list[Message]:
+    """`messages` behind what the column of that name has the system say."""
+    if system and messages[0]["role"] == "system":
+        raise _Unusable("has a system message and a column `system`; one of them is needed.")
+    return [Message(role="system", content=system), *messages] if system else messages
+
+
+def _conversation(
+    messages: list[Message], origin: Origin, tools: Tools | None = None, system: str = ""
+) -> MessagesExample:
+    """The structure that every template needs; what each accepts beyond it is seen when it renders."""
     for number, message in enumerate(messages, 1):
-        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
-            return f"message {number} is {_shorten(message)}; it needs a `role` and a `content` that is a text."
-        if message.get("role") not in ROLES:
-            return f"message {number} has the role {message.get('role')!r}; known are {', '.join(ROLES)}."
-        if message["role"] == "assistant" and not message["content"].strip():
-            return f"message {number}, the assistant's, is empty."
+        if message["role"] == "assistant" and not message["content"].strip() and not message.get("tool_calls"):
+            raise _Unusable(f"message {number}, the assistant's, is empty.")
         if message["role"] == "system" and number > 1:
-            return f"message {number} is a system message; it belongs first."
+            raise _Unusable(f"message {number} is a system message; it belongs first.")
     if not any(message["role"] == "assistant" for message in messages):
-        return "has no assistant message, so there is nothing to learn from this row."
-    return MessagesExample(tuple(Message(role=m["role"], content=m["content"]) for m in messages), row.origin)
+        raise _Unusable("has no assistant message, so there is nothing to learn from this row.")
+    if not any(message["role"] == "assistant" and message.get("weight", 1.0) for message in messages):
+        raise _Unusable("has the weight 0 on all assistant messages, so there is nothing to learn from this row.")
+    return MessagesExample(tuple(_opened(system, messages)), origin, tools)
 
 
-def _render(rows: Sequence[Row], template: Mapping[str, str]) -> list[Row]:
-    environment = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+def _messages(value: Any, column: str) -> list[Message]:
+    if not isinstance(value, list) or not value:
+        raise _Unusable(f"`{column}` is {excerpt(value)}, not a list of messages.")
+    return [_message(message, f"message {number}") for number, message in enumerate(value, 1)]
+
+
+def _message(message: Any, where: str) -> Message:
+    if not isinstance(message, Mapping):
+        raise _Unusable(f"{where} is {excerpt(message)}; it needs a `role` and a `content` that is a text.")
+    said = message.get("role", message.get("from"))
+    role = ROLES.get(said) if isinstance(said, str) else None
+    if role is None:
+        raise _Unusable(f"{where} has the role {excerpt(said)}; known are {', '.join(ROLES)}.")
+    content = message["content"] if "content" in message else message.get("value")
+    calls = message.get("tool_calls")
+    if calls is None and (call := message.get("function_call")) is not None:
+        calls = [{"function": call}]
+    if said in ("function_call", "tool_call"):
+        calls, content = _json_in(content, where), ""
+        calls = calls if isinstance(calls, list) else [calls]
+    calls = [] if calls is None else calls
+    if not isinstance(calls, list) or (calls and role != "assistant"):
+        raise _Unusable(
+            f"{where} has tool calls {excerpt(calls)}, which only a list in the assistant's message can be."
+        )
+    read = Message(role=role, content="" if content is None and calls else _content(content, where))
+    if calls:
+        read["tool_calls"] = [_call(call, where) for call in calls]
+    for key in ("tool_call_id", "name", "reasoning_content"):
+        if (value := message.get(key)) is not None:
+            if not isinstance(value, str):
+                raise _Unusable(f"{where} has the `{key}` {excerpt(value)}, not a text.")
+            _check_text(value)
+            read[key] = value
+    weight = message.get("weight", message.get("loss_weight"))
+    if weight is not None:
+        number = isinstance(weight, int | float) and not isinstance(weight, bool)
+        if not number or (weight and not 1e-3 <= weight <= 1e3):
+            raise _Unusable(f"{where} has the weight {excerpt(weight)}; it should be 0, or from 0.001 to 1000.")
+        if role == "assistant":
+            read["weight"] = float(weight)
+        elif weight:
+            raise _Unusable(
+                f"{where} is the {role}'s and has the weight {weight}; only the assistant's words are trained."
+            )
+    return read
+
+
+def _content(content: Any, where: str) -> str:
+    if isinstance(content, list):
+        parts = []
+        for part in content:
+            is_text = isinstance(part, Mapping) and isinstance(kind := part.get("type"), str) and kind == "text"
+            text = part.get("text", part.get("value")) if is_text else part
+            if not isinstance(text, str):
+                raise _Unusable(f"{where} has a part {excerpt(part)}; only text can be trained.")
+            parts.append(text)
+        return "".join(parts)
+    if not isinstance(content, str):
+        raise _Unusable(
+            f"{where} has the content {excerpt(content)}; it needs a `role` and a `content` that is a text."
+        )
+    return content
+
+
+def _call(call: Any, where: str) -> dict[str, Any]:
+    function = call.get("function", call) if _names_function(call) else {}
+    if "arguments" not in function:
+        raise _Unusable(f"{where} calls {excerpt(call)}; a call needs a `name` and `arguments`.")
+    arguments = function["arguments"]
+    if isinstance(arguments, str):
+        arguments = _json_in(arguments, where)
+    if not isinstance(arguments, Mapping):
+        raise _Unusable(f"{where} calls with the arguments {excerpt(arguments)}; they should be a JSON object.")
+    read = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
+    if (given := call.get("id")) is not None:
+        if not isinstance(given, str):
+            raise _Unusable(f"{where} calls with the `id` {excerpt(given)}, not a text.")
+        read["id"] = given
+    return _plain(read, f"{where}, in its tool call,")
+
+
+def _tools(columns: Mapping[str, Any]) -> Tools | None:
+    tools = columns.get("tools")
+    if isinstance(tools, str):
+        tools = _json_in(tools, "`tools`") if tools.strip() else None
+    if tools is None:
+        return None
+    read = _plain(tools, "`tools`")
+    if not isinstance(read, list) or not all(_names_function(tool) for tool in read):
+        raise _Unusable(f"`tools` is {excerpt(tools)}; it should be a list of functions with name and parameters.")
+    return [tool if "function" in tool else {"type": "function", "function": tool} for tool in read] or None
+
+
+def _names_function(tool: Any) -> bool:
+    function = tool.get("function", tool) if isinstance(tool, Mapping) else None
+    return isinstance(function, Mapping) and isinstance(function.get("name"), str)
+
+
+def _plain(value: Any, where: str, depth: int = 0) -> Any:
+    """A copy of `value` if JSON can hold it and templates can write it, in plain types."""
+    if isinstance(value, str):
+        _check_text(value)
+        return value
+    if value is None or isinstance(value, bool) or (isinstance(value, int | float) and abs(value) <= 1e300):
+        return value
+    if depth < DEEPEST and isinstance(value, list | tuple):
+        return [_plain(item, where, depth + 1) for item in value]
+    if depth < DEEPEST and isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+        return {_plain(key, where): _plain(item, where, depth + 1) for key, item in value.items()}
+    why = f"lies deeper than {DEEPEST} levels" if depth >= DEEPEST else "is not JSON"
+    raise _Unusable(f"{where} holds {excerpt(value)}, which {why}.")
+
+
+def _json_in(text: Any, where: str) -> Any:
+    try:
+        return orjson.loads(text)
+    except (json.JSONDecodeError, TypeError) as error:
+        raise _Unusable(f"{where} should hold JSON, but holds {excerpt(text)} ({error}).") from None
+
+
+def _filled_in(value: Any) -> Any:
+    """`value`, unless Python's own way to write it would come into the text."""
+    if isinstance(value, str | jinja2.Undefined):
+        return value
+    if value is None or isinstance(value, Iterable) or value != value:
+        raise _Unusable(f"{excerpt(value)} is no text; `or`, join and tojson can make one")
+    return value
+
+
+def _template(template: Mapping[str, str]) -> Callable[[Mapping[str, Any], Origin], Example]:
+    environment = ImmutableSandboxedEnvironment(
+        undefined=jinja2.StrictUndefined, keep_trailing_newline=True, finalize=_filled_in
+    )
     compiled = {}
     for name, source in template.items():
         try:
             compiled[name] = environment.from_string(source)
         except jinja2.TemplateSyntaxError as error:
             raise DataError(f"data.template.{name}, line {error.lineno}: {error.message}") from None
-    rendered: list[Row] = []
-    faults: list[str] = []
-    for row in rows:
+
+    def fill(columns: Mapping[str, Any], origin: Origin) -> Example:
         try:
-            rendered.append(Row({name: piece.render(row.columns) for name, piece in compiled.items()}, row.origin))
+            filled = {name: piece.render(columns) for name, piece in compiled.items()}
         except Exception as error:  # a template can raise anything that the expression in it can
-            faults.append(
-                f"{row.origin}: the template cannot be filled ({error}); the row has "
-                f"{', '.join(map(repr, row.columns))}."
-            )
-    raise_all(faults)
-    return rendered
+            raise _Unusable(
+                f"the template cannot be filled ({error}); the row has {', '.join(map(repr, columns))}."
+            ) from None
+        return _read_text(filled, origin) if "text" in filled else _read_prompt(filled, origin)
+
+    return fill
 
 
-def _shorten(value: Any, limit: int = 120) -> str:
-    text = repr(value)
-    return text if len(text) <= limit else text[: limit - 3] + "..."
+_ANSWERS = {"output", "response"}
+_SUMMARIES = {"summary", "highlights"}
+_DOCUMENTS = {"document", "article", "dialogue", "text"}
+
+_READERS: dict[Format, Callable[[Mapping[str, Any], Origin], Any]] = {
+    "text": _read_text,
+    "prompt-completion": _read_prompt,
+    "alpaca": _read_alpaca,
+    "sharegpt": _read_sharegpt,
+    "chat": _read_chat,
+    "question-answer": _read_question,
+    "translation": _read_translation,
+    "summarization": _read_summary,
+    "preference": _read_preference,
+    "rated": _read_rated,
+}
+
+
+def last_prompt(messages: Sequence[Message]) -> tuple[list[Message], str]:
+    """A conversation before the assistant's last turn, and that turn's words."""
+    last = max(position for position, message in enumerate(messages) if message["role"] == "assistant")
+    return list(messages[:last]), messages[last]["content"]

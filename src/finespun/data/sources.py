@@ -1,45 +1,57 @@
-"""Sources → rows. Knows files and where each row came from; knows nothing of prompts, models or tokens.
+"""What a person names as data → files, archives, data sets and their rows. Knows where each row came from; knows
+nothing of prompts, models or tokens.
 
-A row is a mapping of columns. A text file gives rows with the one column `text`.
+A source is a file, a folder, a glob, `archive.zip/member`, `hf:dataset[config]:split`, or a set that comes with
+finespun; with a weight behind a colon, `stories.jsonl:0.7`, where several are mixed.
 """
 
 from __future__ import annotations
 
-import csv
-import io
+import fnmatch
+import glob
+import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import os
+import re
+import shutil
+import sys
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Protocol
 
+from finespun.data.readers import KINDS, BadRow, DataFile, Documents, Origin, Row, kind_of
 from finespun.errors import DataError
-
-Documents = Literal["blank-lines", "lines", "files"]
-
-SUFFIXES = (".txt", ".jsonl", ".json", ".csv")
 
 ERRORS_SHOWN = 20
 
+Items = Sequence[str | Mapping[str, Any]]
+
+_WEIGHTED = re.compile(r"(.+):(\d+(?:\.\d*)?|\.\d+)")
+_HUB = re.compile(r"hf:(?P<name>[^\[\]:]+)(?:\[(?P<config>[^\]]+)\])?(?::(?P<split>.+))?")
+
+
+class RowSource(Protocol):
+    """Something that gives rows, again and again the same ones: a `DataFile`, a data set, a list in memory."""
+
+    @property
+    def shown(self) -> str: ...
+    @property
+    def sha256(self) -> str: ...
+    def rows(self) -> Iterator[Row | BadRow]: ...
+    def how(self) -> str: ...
+
 
 @dataclass(frozen=True)
-class Origin:
-    """Where a row stands: a file (or another source's name) and its row, counted from 1."""
+class Source:
+    """What one name stands for. `weight` is its part in a mixture; None where sources are only put together."""
 
-    source: str
-    row: int
-
-    def __str__(self) -> str:
-        return f"{self.source}, row {self.row}"
-
-
-@dataclass(frozen=True)
-class Row:
-    """Columns of one record, and where it stands."""
-
-    columns: Mapping[str, Any]
-    origin: Origin
+    name: str
+    parts: list[RowSource]
+    weight: float | None = None
 
 
 @dataclass(frozen=True)
@@ -66,192 +78,234 @@ def builtin_sets() -> dict[str, TextSet]:
     }
 
 
-def expand(sources: Iterable[str]) -> list[Path]:
-    """Files that `sources` name; a folder gives all files in it of a kind we read, by name.
-
-    Raises `DataError` for what is not there.
-    """
-    found: list[Path] = []
-    for source in sources:
-        path = Path(source).expanduser()
-        if path.is_dir():
-            inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
-            if not inside:
-                raise DataError(f"{source}: the folder holds no {', '.join(SUFFIXES)} file.")
-            found.extend(inside)
-        elif path.is_file():
-            found.append(path)
-        else:
-            names = ", ".join(builtin_sets())
-            raise DataError(
-                f"{source}: there is no such file or folder. Check the path; a set that comes "
-                f"with finespun is: {names}."
-            )
+def absolute(names: Iterable[str]) -> list[str]:
+    """`names`, several in one divided at its commas, with the paths in them absolute."""
+    found = []
+    for name in names:
+        pieces = [name] if _exists(_split_weight(name)[0]) else [piece.strip() for piece in name.split(",")]
+        found += [
+            piece if piece.startswith("hf:") else str(Path(piece).expanduser().absolute()) for piece in pieces if piece
+        ]
     return found
 
 
-def read_file(path: Path, documents: Documents | None = None) -> tuple[list[Row], str]:
-    """Rows of a file, and one phrase on how it was read.
-
-    `documents` says what separates the documents of a .txt file: blank lines, line ends, or nothing (one file, one
-    document); by default blank lines if there are any, else line ends. Blank documents and blank JSONL lines are no
-    rows. Raises `DataError` that names the file and the line.
-    """
-    kind = path.suffix.lower()
-    if kind not in SUFFIXES:
-        raise DataError(f"{path}: files of this kind are not read; bring one of {', '.join(SUFFIXES)}.")
-    text = _decode(path)
-    if not text.strip():
-        raise DataError(f"{path}: the file is empty.")
-    if kind == ".txt":
-        rows, how = _read_text(path, text, documents)
-    else:
-        rows = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv}[kind](path, text)
-        how = f"{len(rows)} rows"
-    if not rows:
-        raise DataError(f"{path}: the file has no rows.")
-    return rows, how
+def open_sources(names: Iterable[str], encoding: str | None = None, documents: Documents | None = None) -> list[Source]:
+    """What `names` stand for, with nothing read yet. Raises `DataError` for what is not there, and for weights that
+    stand behind some of the names only."""
+    sources = []
+    for name in names:
+        path, weight = _split_weight(name)
+        sources.append(Source(path, _parts(path, encoding, documents), weight))
+    weighted = [source for source in sources if source.weight is not None]
+    if weighted and len(weighted) < len(sources):
+        bare = next(source.name for source in sources if source.weight is None)
+        raise DataError(f"{bare}: has no weight while {weighted[0].name} has one; give one to each source, or to none.")
+    if any(source.weight == 0 for source in weighted):
+        raise DataError("A source with the weight 0 takes no part; leave it out.")
+    return sources
 
 
-def rows_from_memory(items: Sequence[str | Mapping[str, Any]]) -> list[Row]:
-    """Rows from a Python list of texts or of column mappings. Raises `DataError` for an item of another type."""
-    rows = []
-    for number, item in enumerate(items, 1):
-        origin = Origin("data", number)
-        if isinstance(item, str):
-            rows.append(Row({"text": item}, origin))
-        elif isinstance(item, Mapping):
-            rows.append(Row(item, origin))
-        else:
-            raise DataError(f"{origin}: an item is a text or a dict of columns, not a {type(item).__name__}.")
-    if not rows:
-        raise DataError("data: the list is empty.")
-    return rows
+def rows_of(source: Source) -> Iterator[Row | BadRow]:
+    """All rows of a source."""
+    for part in source.parts:
+        yield from part.rows()
 
 
-def _decode(path: Path) -> str:
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}).") from None
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise DataError(
-            f"{path}: is not UTF-8: byte 0x{raw[error.start]:02x} at offset {error.start} "
-            f"(line {line}) cannot be decoded. "
-            f"Convert it first, e.g. `iconv -f GB18030 -t UTF-8 {path.name}`, with the encoding it was written in."
-        ) from None
+@dataclass(frozen=True)
+class MemoryRows:
+    """Rows from a Python list of texts or of column mappings."""
 
+    items: Items
+    shown: str = "data"
 
-def _read_text(path: Path, text: str, documents: Documents | None) -> tuple[list[Row], str]:
-    lines = text.splitlines()
-    chosen = documents or ("blank-lines" if any(not line.strip() for line in _strip_blank_ends(lines)) else "lines")
-    if chosen == "files":
-        pieces = [(1, text.strip("\r\n"))]
-        how = "one document"
-    elif chosen == "lines":
-        pieces = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-        how = f"{len(pieces)} documents, one a line"
-    else:
-        pieces = list(_paragraphs(lines))
-        how = f"{len(pieces)} documents, separated by blank lines"
-    if documents is None:
-        others = " or ".join(kind for kind in ("blank-lines", "lines", "files") if kind != chosen)
-        how += f" (data.documents {others} reads them otherwise)"
-    return [Row({"text": piece}, Origin(str(path), number)) for number, piece in pieces], how
+    @cached_property
+    def sha256(self) -> str:
+        return hashlib.sha256(to_jsonl(self.items).encode("utf-8", "surrogatepass")).hexdigest()
 
-
-def _strip_blank_ends(lines: list[str]) -> list[str]:
-    filled = [number for number, line in enumerate(lines) if line.strip()]
-    return lines[filled[0] : filled[-1] + 1] if filled else []
-
-
-def _paragraphs(lines: list[str]) -> Iterable[tuple[int, str]]:
-    """Runs of lines between blank lines, each with the number of its first line."""
-    run: list[str] = []
-    start = 1
-    for number, line in enumerate([*lines, ""], 1):
-        if line.strip():
-            start = start if run else number
-            run.append(line)
-        elif run:
-            yield start, "\n".join(run)
-            run = []
-
-
-def _read_jsonl(path: Path, text: str) -> list[Row]:
-    rows: list[Row] = []
-    faults: list[str] = []
-    # not splitlines(): it also cuts at U+2028 and its like, which JSON strings may hold
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        shown = line.strip() if len(line.strip()) <= 80 else line.strip()[:77] + "..."
-        try:
-            value = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            faults.append(f"{path}, line {number}: is not JSON ({error}): {shown}")
-            continue
-        if isinstance(value, dict):
-            rows.append(Row(value, Origin(str(path), number)))
-        else:
-            faults.append(f"{path}, line {number}: a row is a JSON object of columns, not this: {shown}")
-    raise_all(faults)
-    return rows
-
-
-def _read_json(path: Path, text: str) -> list[Row]:
-    try:
-        value = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        hint = " One JSON object a line is a .jsonl file: rename it." if "Extra data" in str(error) else ""
-        raise DataError(f"{path}: is not JSON ({error}).{hint}") from None
-    if not isinstance(value, list):
-        raise DataError(
-            f"{path}: holds a JSON {type(value).__name__} where a list of rows belongs: [{{...}}, {{...}}]."
-        )
-    rows = [
-        Row({"text": item} if isinstance(item, str) else item, Origin(str(path), n)) for n, item in enumerate(value, 1)
-    ]
-    raise_all(
-        [
-            f"{row.origin}: a row is a text or an object of columns, not {row.columns!r}."
-            for row in rows
-            if not isinstance(row.columns, dict)
-        ]
-    )
-    return rows
-
-
-def _read_csv(path: Path, text: str) -> list[Row]:
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    rows: list[Row] = []
-    faults: list[str] = []
-    try:
-        names = reader.fieldnames or []
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise DataError(f"{path}: the column {twice[0]!r} stands twice in the header; rename one.")
-        for number, columns in enumerate(reader, 1):
-            # DictReader puts surplus cells under the key None and fills missing ones with None
-            surplus = columns.pop(None, [])
-            cells = len(surplus) + sum(value is not None for value in columns.values())
-            if cells != len(names):
-                faults.append(
-                    f"{path}, row {number} (line {reader.line_num}): has {cells} cells where "
-                    f"the header has {len(names)}."
-                )
+    def rows(self) -> Iterator[Row | BadRow]:
+        """Raises `DataError` for an empty list and for an item of another type."""
+        if not self.items:
+            raise DataError(f"{self.shown}: the list is empty.")
+        for number, item in enumerate(self.items, 1):
+            origin = Origin(self.shown, number)
+            if isinstance(item, str):
+                yield Row({"text": item}, origin)
+            elif isinstance(item, Mapping):
+                yield Row(item, origin)
             else:
-                rows.append(Row(columns, Origin(str(path), number)))
-    except csv.Error as error:
-        raise DataError(f"{path}, line {reader.line_num}: is not CSV ({error}).") from None
-    raise_all(faults)
-    return rows
+                raise DataError(f"{origin}: an item is a text or a dict of columns, not a {type(item).__name__}.")
+
+    def how(self) -> str:
+        return ""
 
 
-def raise_all(faults: Sequence[str], remedy: str = "") -> None:
-    """One `DataError` of all faults, the first ones in full; nothing if there are none."""
+def to_jsonl(items: Items) -> str:
+    """`items` as the lines of a file that reads back as they are."""
+    rows = (dict(item) if isinstance(item, Mapping) else {"text": item} for item in items)
+    return "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+
+
+def read_standard_input(documents: Documents | None = None, encoding: str | None = None) -> list[Mapping[str, Any]]:
+    """Rows that are piped in: JSON where they begin like it, else a text. Raises `DataError`."""
+    import tempfile
+
+    if sys.stdin.isatty():
+        raise DataError("-: the data is to come from standard input, but nothing is piped in.")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "stdin.txt"
+        with path.open("wb") as file:
+            shutil.copyfileobj(sys.stdin.buffer, file)
+        data = DataFile(path, "standard input", None, encoding, documents)
+        beginning = path.read_bytes()[:64].decode(data.encoding[0], "ignore").lstrip()
+        if documents is None and beginning[:1] in ("{", "["):
+            data = replace(data, path=path.rename(path.with_suffix(".jsonl")))
+        rows = list(data.rows())
+    raise_all([str(row) for row in rows if isinstance(row, BadRow)])
+    return [row.columns for row in rows if isinstance(row, Row)]
+
+
+@dataclass(frozen=True)
+class HubRows:
+    """A split of a data set that the package `datasets` finds: on the Hugging Face hub, in its cache, in a folder."""
+
+    name: str
+    config: str | None
+    split: str
+
+    @property
+    def shown(self) -> str:
+        return f"hf:{self.name}" + (f"[{self.config}]" if self.config else "") + f":{self.split}"
+
+    @cached_property
+    def dataset(self) -> Any:
+        """Raises `DataError` where the package, the set, its config or its split is missing."""
+        try:
+            import datasets
+        except ImportError:
+            raise DataError(
+                f"{self.shown}: data sets of the hub need the package datasets: pip install 'finespun[tables]'"
+            ) from None
+        try:
+            return datasets.load_dataset(self.name, self.config, split=self.split)
+        except Exception as error:  # datasets raises what its readers, the hub and the network raise
+            raise DataError(f"{self.shown}: cannot be loaded: {error}") from None
+
+    @property
+    def sha256(self) -> str:
+        return str(self.dataset._fingerprint)
+
+    def rows(self) -> Iterator[Row | BadRow]:
+        number = 0
+        try:
+            for number, columns in enumerate(self.dataset, 1):
+                yield Row(columns, Origin(self.shown, number))
+        except Exception as error:  # such as a picture without the package that shows it
+            raise DataError(f"{self.shown}: cannot be read behind row {number}: {error}") from None
+        if not number:
+            raise DataError(f"{self.shown}: the split is empty: there is no row in it. Choose another.")
+
+    def how(self) -> str:
+        return ""
+
+
+def _split_weight(name: str) -> tuple[str, float | None]:
+    match = _WEIGHTED.fullmatch(name)
+    return (match[1], float(match[2])) if match and not _exists(name) else (name, None)
+
+
+def _exists(name: str) -> bool:
+    """Whether there is such a file or folder; what is too long for a name, such as a list of names, is none."""
+    try:
+        return Path(name).expanduser().exists()
+    except (OSError, RuntimeError):
+        return False
+
+
+def _parts(name: str, encoding: str | None, documents: Documents | None) -> list[RowSource]:
+    if name.startswith("hf:"):
+        match = _HUB.fullmatch(name)
+        if not match:
+            raise DataError(
+                f"{name}: a data set of the hub is named hf:NAME, hf:NAME[CONFIG] or hf:NAME[CONFIG]:SPLIT."
+            )
+        return [HubRows(match["name"], match["config"], match["split"] or "train")]
+
+    def file(path: Path, member: str | None = None) -> DataFile:
+        shown = _shown(path) + (f"/{member}" if member else "")
+        return DataFile(path, shown, member, encoding, documents)
+
+    path = Path(name).expanduser() if _exists(name) else Path(name)
+    if _exists(name) and path.is_dir():
+        found = _in_folder(path)
+        if not found:
+            raise DataError(f"{name}: the folder holds no {', '.join((*KINDS, '.zip'))} file.")
+    elif path.exists():
+        found = [path]
+    elif archive := next(
+        (parent for parent in path.parents if parent.suffix.lower() == ".zip" and parent.is_file()), None
+    ):
+        pattern = path.relative_to(archive).as_posix()
+        members = [member for member in _members(archive) if member == pattern or fnmatch.fnmatch(member, pattern)]
+        if not members:
+            raise DataError(
+                f"{name}: {_shown(archive)} holds no such file; it holds {', '.join(_members(archive)[:10])}."
+            )
+        return [file(archive, member) for member in members]
+    elif glob.has_magic(name):
+        matches = glob.glob(str(path), recursive=True)  # noqa: PTH207  # Path.glob takes no absolute pattern
+        found = sorted(Path(match) for match in matches if Path(match).is_file())
+        if not found:
+            raise DataError(f"{name}: no file matches this pattern.")
+    else:
+        raise DataError(
+            f"{name}: there is no such file or folder. Check the path; a set that comes with finespun is: "
+            f"{', '.join(builtin_sets())}."
+        )
+    parts: list[RowSource] = []
+    for each in found:
+        if each.suffix.lower() == ".zip":
+            members = [member for member in _members(each) if kind_of(member)]
+            if not members:
+                raise DataError(f"{_shown(each)}: the archive holds no {', '.join(KINDS)} file.")
+            parts += [file(each, member) for member in members]
+        else:
+            parts.append(file(each))
+    return parts
+
+
+def _in_folder(folder: Path) -> list[Path]:
+    def refuse(error: OSError) -> None:
+        raise DataError(f"{error.filename}: the folder cannot be read ({error.strerror}).")
+
+    return sorted(
+        Path(where, name)
+        for where, _, names in os.walk(folder, onerror=refuse)
+        for name in names
+        if not name.startswith(".")
+        and Path(name).stem.lower() != "readme"
+        and (kind_of(name) or name.lower().endswith(".zip"))
+    )
+
+
+def _members(archive: Path) -> list[str]:
+    try:
+        with zipfile.ZipFile(archive) as opened:
+            names = opened.namelist()
+    except (zipfile.BadZipFile, OSError) as error:
+        raise DataError(f"{_shown(archive)}: cannot be opened as a zip archive ({error}).") from None
+    return [name for name in names if not name.endswith("/") and not name.startswith("__MACOSX/")]
+
+
+def _shown(path: Path) -> str:
+    """`path` as a person in this folder would name it."""
+    here = Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
+
+
+def raise_all(faults: Sequence[str], remedy: str = "", count: int | None = None) -> None:
+    """One `DataError` of all faults (of `count`, where only the first were kept), the first ones in full; nothing if
+    there are none."""
     if faults:
-        more = [f"... and {len(faults) - ERRORS_SHOWN} more like these."] if len(faults) > ERRORS_SHOWN else []
+        rest = (count or len(faults)) - ERRORS_SHOWN
+        more = [f"... and {rest} more like these."] if rest > 0 else []
         raise DataError("\n".join([*faults[:ERRORS_SHOWN], *more, *([remedy] if remedy else [])]))

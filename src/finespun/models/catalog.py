@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from platformdirs import user_cache_path
-
 from finespun.errors import ModelError, ModelNotFound
+from finespun.files import cache_folder
 from finespun.recipe import nearest
 
 Kind = Literal["folder", "gguf", "package"]
@@ -72,12 +70,6 @@ class Location:
     name: str
     path: Path
     kind: Kind
-
-
-def cache_folder() -> Path:
-    """finespun's own cache: `FINESPUN_CACHE`, or the user's cache folder of the system."""
-    own = os.environ.get("FINESPUN_CACHE")
-    return Path(own) if own else user_cache_path("finespun")
 
 
 def converted_folder(name: str) -> Path:

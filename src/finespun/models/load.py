@@ -129,6 +129,17 @@ def load_model(name: str, precision: Precision | None = None, device: torch.devi
     return loaded
 
 
+def grow_vocabulary(loaded: LoadedModel) -> list[int]:
+    """Gives the model an embedding, and an output row, for each token that its tokenizer has got beyond them; returns
+    the ids of these tokens. They start as what tokens are on average (Hewitt 2021), and are to be trained."""
+    model = loaded.causal_lm
+    rows = int(model.get_input_embeddings().weight.shape[0])  # ty: ignore[not-subscriptable]
+    size = len(loaded.tokenizer)
+    if size > rows:
+        model.resize_token_embeddings(size)
+    return list(range(rows, size))
+
+
 @quiet_transformers()
 def save_model(loaded: LoadedModel, stop_ids: Sequence[int], folder: Path) -> None:
     """Writes the model as a Hugging Face folder, or its adapter as a PEFT folder, whole or not at all: weights as
@@ -223,5 +234,7 @@ def _load_adapter(folder: Path, origin: dict[str, str], precision: Precision, de
             f"{folder}: this adapter was trained on other weights of {name} than those in {base.base_path}; it "
             "would write something else there."
         )
+    tokenizer = _load_tokenizer(folder)
+    grow_vocabulary(LoadedModel(base.model, tokenizer, base.base_name, base.base_path))
     model = PeftModel.from_pretrained(base.model, str(folder), autocast_adapter_dtype=False)
-    return LoadedModel(model.to(base.model.dtype), _load_tokenizer(folder), base.base_name, base.base_path)
+    return LoadedModel(model.to(base.model.dtype), tokenizer, base.base_name, base.base_path)

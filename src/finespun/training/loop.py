@@ -18,10 +18,12 @@ from math import isfinite, nan
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from finespun.data.packing import micro_batches, pack, step_indices
 from finespun.data.templates import TokenizedExample
+from finespun.data.tokens import Share
 from finespun.errors import TrainingDiverged, TrainingInterrupted
 from finespun.recipe import TrainingRecipe
 from finespun.training.checkpoint import Checkpoint, TrainingState, best_checkpoint, save_checkpoint
@@ -72,10 +74,12 @@ def train(
     on_step: Callable[[dict[str, Any]], None],
     reporter: Reporter,
     resume: Checkpoint | None = None,
+    mixture: Sequence[Share] = (),
 ) -> tuple[TrainingState, ExampleLosses | None]:
     """Trains the parameters of `model` that require a gradient; they end as those of the best checkpoint.
 
     Returns where the run stands and, unless the best step lies before `resume`, the validation losses of that step.
+    `mixture` says how many of which examples an epoch takes, where it is not each once.
     `on_step` gets the metrics of each step. Checkpoints go to the folder `checkpoints`; with `resume` the run goes on
     from one of them, bit for bit as if it had not stopped. Raises `TrainingDiverged` for a loss or gradient that is
     not finite, and `TrainingInterrupted`, after saving, when SIGINT or SIGTERM came.
@@ -86,8 +90,8 @@ def train(
     if resume:
         state = resume.state
         optimizer.load_state(resume.weights(), resume.moments())
-    batches = step_indices(len(examples), recipe.batch_size, recipe.seed, start=state.step)
-    steps_per_epoch = -(-len(examples) // recipe.batch_size)
+    batches = step_indices(len(examples), recipe.batch_size, recipe.seed, state.step, mixture)
+    steps_per_epoch = -(-(sum(share.draws for share in mixture) or len(examples)) // recipe.batch_size)
 
     with stop_requests() as stop, reporter.start(state.step, recipe.steps):
         for step in range(state.step + 1, recipe.steps + 1):
@@ -130,7 +134,7 @@ def train(
 def accumulate_gradients(objective: CausalLM, batch: Sequence[TokenizedExample], micro_batch_tokens: int) -> float:
     """Adds the gradient of the batch's mean loss to the parameters; returns that loss, nats per unit of weight."""
     device = next(objective.model.parameters()).device
-    total_weight = sum(sum(example.loss_weights) for example in batch)
+    total_weight = sum(_weight(example) for example in batch)
     loss = 0.0
     for group in micro_batches(batch, micro_batch_tokens):
         result = objective(pack(group).to(device), loss_scale=1 / total_weight)
@@ -159,13 +163,18 @@ def tokens_per_second(
 def example_losses(objective: CausalLM, examples: Sequence[TokenizedExample], micro_batch_tokens: int) -> ExampleLosses:
     """For each example Σ weight × loss (nats) and Σ weight, in the order given, summed in float64."""
     device = next(objective.model.parameters()).device
+    examples = list(examples)  # of a store on disk each reading makes a new object
     sums: dict[int, float] = {}
     for group in micro_batches(examples, micro_batch_tokens):
         result = objective(pack(group).to(device))
         per_example = torch.zeros(len(group), dtype=torch.float64, device=device)
         per_example.index_add_(0, result.examples, (result.losses * result.weights).double())
         sums |= {id(example): value for example, value in zip(group, per_example.tolist(), strict=True)}
-    return [sums[id(example)] for example in examples], [sum(example.loss_weights) for example in examples]
+    return [sums[id(example)] for example in examples], [_weight(example) for example in examples]
+
+
+def _weight(example: TokenizedExample) -> float:
+    return float(example.loss_weights.sum(dtype=np.float64))
 
 
 def weighted_mean(losses: ExampleLosses) -> float:

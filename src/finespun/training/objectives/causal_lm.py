@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from finespun.data.packing import PackedBatch
+from finespun.models.adapters import head_weight
 from finespun.models.attention import packed, packs_exactly, plan_packing
 from finespun.models.linear_cross_entropy import linear_cross_entropy
 
@@ -38,7 +39,7 @@ class CausalLM:
         self.decoder: torch.nn.Module = model.base_model
         self.head = model.get_output_embeddings()
         self.why_slow: str | None = None
-        if self.decoder is model or not isinstance(self.head, torch.nn.Linear) or not self._head_is_all():
+        if self.decoder is model or head_weight(self.head) is None or not self._head_is_all():
             self.why_slow = "its logits are not a plain product of its hidden states"
         elif not packs_exactly(model, self.decoder):
             self.why_slow = "its attention cannot be packed exactly"
@@ -59,7 +60,11 @@ class CausalLM:
                 packing=plan_packing(batch.cu_seqlens),
                 use_cache=False,
             ).last_hidden_state[0]
-        weighted_sum, losses = linear_cross_entropy(hidden[trained], self.head.weight, targets, weights, self.head.bias)
+        matrix = head_weight(self.head)
+        assert matrix is not None  # else this model is a slow one
+        weighted_sum, losses = linear_cross_entropy(
+            hidden[trained], matrix, targets, weights, getattr(self.head, "bias", None)
+        )
         return BatchLoss(weighted_sum, losses, weights, examples)
 
     def _logits_one_by_one(self, batch: PackedBatch) -> torch.Tensor:
