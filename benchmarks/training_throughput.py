@@ -39,7 +39,7 @@ def finespun(rows: list[dict[str, str]], batch_size: int, method: str) -> dict[s
 
     loaded = load_model("smollm2-135m", "float32")
     encoder = Encoder(loaded.tokenizer)
-    examples = [encoder.encode_example(PromptExample(**row, origin=Origin("data", i))) for i, row in enumerate(rows)]
+    examples = [encoder.encode_example(PromptExample(**row, origin=Origin("data", i)))[0] for i, row in enumerate(rows)]
     recipe = Recipe.from_keywords(
         method=method,
         epochs=1,

@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -32,3 +36,41 @@ def test_a_time_limit_is_measured_in_the_precision_of_the_run(
     kept = run.folder.recipe().training
     assert kept.max_minutes is None
     assert kept.max_steps == len(run.folder.metrics()) < 300
+
+
+def test_rows_that_are_left_out_trouble_neither_training_nor_samples_nor_the_report(
+    tiny_folder: Path, in_tmp: Path, write_jsonl: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = [{"prompt": text, "completion": text * 9} for text in sentences(8)]
+    held = write_jsonl({"prompt": "a <|im_end|>", "completion": "b"}, good[0], name="held.jsonl")
+    data = write_jsonl(*good[1:], {"prompt": "no answer"})
+    settings = {"max_steps": 2, "batch_size": 2, "max_new_tokens": 8}
+    recipe = Recipe.from_keywords(
+        model=str(tiny_folder),
+        out="run",
+        data={
+            "source": [str(data)],
+            "validation": [str(held)],
+            "format": "prompt-completion",
+            "on_bad_row": "skip",
+            "max_length": 64,
+            "too_long": "cut-left",
+        },
+        **settings,
+    )
+    run = finetuning.finetune(recipe, reporter=Reporter())
+    manifest = run.folder.manifest()["data"]
+    assert (manifest["read"], manifest["dropped"], manifest["train"], manifest["validation"]) == (10, 2, 7, 1)
+    assert [sample["prompt"] for sample in run.folder.samples()] == [good[0]["prompt"]]
+    reasons = [json.loads(line) for line in run.folder.dropped.read_text(encoding="utf-8").splitlines()]
+    assert [(Path(line["file"]).name, line["row"]) for line in reasons] == [("data.jsonl", 8), ("held.jsonl", 1)]
+    assert "cut at their beginning" in run.folder.report.read_text(encoding="utf-8")
+    assert "7 examples longer than 64 tokens were cut at their beginning" in capsys.readouterr().err
+
+
+def test_texts_that_are_piped_in_are_kept_with_the_run(tiny_folder: Path, in_tmp: Path) -> None:
+    command = [sys.executable, "-m", "finespun", "train", "--model", str(tiny_folder), "--data", "-", "--out", "run"]
+    piped = "".join(json.dumps({"text": text}) + "\n" for text in sentences(8))
+    subprocess.run([*command, "--training.max-steps", "1", "--quiet"], input=piped.encode(), check=True)
+    assert Path("run/data.jsonl").read_text(encoding="utf-8") == piped
+    assert Recipe.load("run/recipe.yaml").data.source == [str(Path("run/data.jsonl").absolute())]

@@ -274,6 +274,7 @@ SHARE_LOST = "1,200 tokens, 12 % of the training texts, were not trained."
     ("action", "many", "lost", "expected"),
     [
         ("cut", 3, 1200, f"3 training examples longer than 512 tokens were cut at the limit. {SHARE_LOST}"),
+        ("cut-left", 3, 1200, f"3 training examples longer than 512 tokens were cut at their beginning. {SHARE_LOST}"),
         ("skip", 1, 1200, f"1 training example longer than 512 tokens was left out. {SHARE_LOST}"),
         ("split", 2, 0, "2 training examples longer than 512 tokens were split into several. No token was lost."),
     ],

@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from finespun.data.formats import Message
 from finespun.data.prepare import HELD_OUT, Texts, Tokens, encode_texts, prompt_of, read_texts
 from finespun.data.sources import Items, MemoryRows, read_standard_input, to_jsonl
 from finespun.data.templates import Encoder, TokenizedExample, resolve_prompt_format
-from finespun.errors import RunError, TrainingInterrupted
+from finespun.errors import DataError, RunError, TrainingInterrupted
 from finespun.evaluation.perplexity import perplexity, perplexity_ratio
 from finespun.files import write_text
 from finespun.generation.engine import generate
@@ -26,7 +27,7 @@ from finespun.models.adapters import add_lora, merge
 from finespun.models.catalog import locate, weights_sha256
 from finespun.models.load import LoadedModel, faster_precision, grow_vocabulary, load_model, save_model
 from finespun.recipe import Recipe, TrainingRecipe
-from finespun.report import write_report
+from finespun.report import LENGTH_ACTIONS, write_report
 from finespun.runs import RunFolder, default_out, environment
 from finespun.training.checkpoint import Checkpoint, newest_checkpoint
 from finespun.training.loop import ResolvedTraining, example_losses, tokens_per_second, train
@@ -236,9 +237,18 @@ def _sample_prompts(run: _Prepared) -> list[Sample]:
     fitting = (
         {"prompt": prompt, "reference": reference}
         for prompt, reference in (prompt_of(example) for _, example in run.texts.examples(HELD_OUT))
-        if len(run.encoder.encode_prompt(prompt)) < run.loaded.context_length
+        if _leaves_room(prompt, run)
     )
     return list(islice(fitting, run.recipe.samples.count))
+
+
+def _leaves_room(prompt: str | list[Message], run: _Prepared) -> bool:
+    """Whether an answer fits behind `prompt`, and the prompt is one for this model at all: a row that its template
+    refuses may have been left out of training."""
+    try:
+        return len(run.encoder.encode_prompt(prompt)) < run.loaded.context_length
+    except DataError:
+        return False
 
 
 def _write_out(samples: Sequence[Sample], when: str, run: _Prepared) -> list[Sample]:
@@ -286,14 +296,9 @@ def _summary(data: Mapping[str, Any]) -> list[str]:
         f"longest {data['length_max']}, limit {data['max_length']}"
     ]
     if data["too_long"]:
-        did = {
-            "cut": "were cut",
-            "cut-left": "lost their beginning",
-            "skip": "were left out",
-            "split": "were split into several",
-        }[data["too_long_action"]]
+        done = LENGTH_ACTIONS[data["too_long_action"]]
         lines.append(
-            f"{data['too_long']} examples longer than {data['max_length']} tokens {did}; "
+            f"{data['too_long']} examples longer than {data['max_length']} tokens were {done}; "
             f"{data['tokens_lost']:,} tokens are not trained."
         )
     return lines

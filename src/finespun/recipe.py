@@ -18,6 +18,24 @@ from rapidfuzz import fuzz
 
 from finespun.errors import RecipeError
 
+Documents = Literal["blank-lines", "lines", "files"]
+Format = Literal[
+    "text",
+    "prompt-completion",
+    "alpaca",
+    "sharegpt",
+    "chat",
+    "question-answer",
+    "translation",
+    "summarization",
+    "preference",
+    "rated",
+]
+PromptFormat = Literal["chat", "raw"]
+ChatTemplate = Literal["plain", "chatml"]
+TrainOn = Literal["all", "last"]
+TooLong = Literal["refuse", "cut", "cut-left", "skip", "split"]
+
 
 class Section(BaseModel):
     """A part of the recipe: unknown keys are refused, values are not coerced into something else silently."""
@@ -84,21 +102,7 @@ class DataRecipe(Section):
     2,000 examples, or the set's own]."""
     group_by: str | None = None
     """Column of an author, a conversation or the like: what belongs to one is held out together."""
-    format: (
-        Literal[
-            "text",
-            "prompt-completion",
-            "alpaca",
-            "sharegpt",
-            "chat",
-            "question-answer",
-            "translation",
-            "summarization",
-            "preference",
-            "rated",
-        ]
-        | None
-    ) = None
+    format: Format | None = None
     """What the rows are [default: seen from their columns]."""
     columns: dict[str, str] | None = None
     """Own names of columns: --data.columns.prompt ask reads the column `ask` as `prompt`."""
@@ -106,23 +110,23 @@ class DataRecipe(Section):
     """Jinja templates over the columns of a row, in place of a format."""
     encoding: str | None = None
     """Encoding of text files [default: UTF-8, or found out]."""
-    documents: Literal["blank-lines", "lines", "files"] | None = None
+    documents: Documents | None = None
     """What separates the documents of a .txt file [default: blank-lines if it has any, else lines]."""
     on_bad_row: Literal["refuse", "skip"] = "refuse"
     """What happens when rows cannot be used: nothing is trained, or they are left out and written down."""
     clean: CleanRecipe | None = None
     """What is done to the texts before training."""
-    prompt_format: Literal["chat", "raw"] | None = None
+    prompt_format: PromptFormat | None = None
     """Put prompts through the model's chat template, or take them as they are [default: chat if the model has a chat
     template and the data has prompts]."""
-    chat_template: Literal["plain", "chatml"] | None = None
+    chat_template: ChatTemplate | None = None
     """A template in place of the model's own: plain words, or ChatML with its two tokens, which the model then learns
     [default: the model's, or plain where it has none]."""
-    train_on: Literal["all", "last"] = "all"
+    train_on: TrainOn = "all"
     """Of a conversation, train all turns of the assistant or the last."""
     max_length: Annotated[int, Field(ge=8)] | None = None
     """Longest example in tokens [default: the model's context, at most 2048]."""
-    too_long: Literal["refuse", "cut", "cut-left", "skip", "split"] | None = None
+    too_long: TooLong | None = None
     """What happens to a longer one: cut keeps its beginning, cut-left its end, skip leaves it out, split makes several
     of a text [default: split for texts, refuse for the rest]."""
     overlap: Annotated[int, Field(ge=0)] = 0

@@ -23,7 +23,12 @@ HERE = Path(__file__).parent
 UPLOT = HERE / "vendor" / "uplot"
 UPLOT_FILES = {"script": "uPlot.iife.min.js", "style": "uPlot.min.css", "licence": "LICENSE"}
 
-LENGTH_ACTIONS = {"cut": "cut at the limit", "skip": "left out", "split": "split into several"}
+LENGTH_ACTIONS = {
+    "cut": "cut at the limit",
+    "cut-left": "cut at their beginning",
+    "skip": "left out",
+    "split": "split into several",
+}
 
 
 def write_report(folder: RunFolder) -> None:

@@ -30,7 +30,7 @@ app.command("finespun.cli.models:models", help="List the known models and which 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs a command. A person's mistake is one message on stderr and exit code 2; a bug keeps its traceback."""
-    tokens = [_spelled_out(token) for token in (sys.argv[1:] if arguments is None else arguments)]
+    tokens = _spelled_out(sys.argv[1:] if arguments is None else arguments)
     try:
         app(tokens, exit_on_error=False, print_error=False)
     except TrainingInterrupted as stop:
@@ -46,9 +46,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(0)  # whoever read our output has read enough
 
 
-def _spelled_out(token: str) -> str:
-    """`--data FILE` is short for `--data.source FILE`."""
-    return "--data.source" + token[len("--data") :] if token == "--data" or token.startswith("--data=") else token
+def _spelled_out(arguments: Sequence[str]) -> list[str]:
+    """`--data FILE` is short for `--data.source FILE`; a `-` behind an option is its value, which cyclopts takes only
+    behind an equals sign."""
+    tokens: list[str] = []
+    for token in arguments:
+        if token == "-" and tokens and tokens[-1].startswith("--") and "=" not in tokens[-1]:
+            tokens[-1] += "=-"
+        elif token == "--data" or token.startswith("--data="):
+            tokens.append("--data.source" + token[len("--data") :])
+        else:
+            tokens.append(token)
+    return tokens
 
 
 def _message(error: Exception) -> str:

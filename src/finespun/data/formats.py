@@ -33,21 +33,9 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from finespun.data.readers import BadRow, Origin, Row, excerpt
 from finespun.errors import DataError
+from finespun.recipe import Format
 
 Shape = Literal["text", "prompt+completion", "messages", "preference", "rated"]
-
-Format = Literal[
-    "text",
-    "prompt-completion",
-    "alpaca",
-    "sharegpt",
-    "chat",
-    "question-answer",
-    "translation",
-    "summarization",
-    "preference",
-    "rated",
-]
 
 ROLES = {
     "system": "system",
@@ -164,7 +152,8 @@ class ExampleReader:
     """Makes examples of rows, one after another, and remembers what formats they had.
 
     `columns` renames columns first, `{"prompt": "ask"}` making `prompt` of `ask`; `template` maps `text`, or `prompt`
-    and `completion`, to Jinja templates over a row's columns and takes the place of a format.
+    and `completion`, to Jinja templates over a row's columns and takes the place of a format. `mend` is what each text
+    is put through.
     """
 
     def __init__(
@@ -172,7 +161,9 @@ class ExampleReader:
         format: Format | None = None,  # noqa: A002  # the recipe's word
         columns: Mapping[str, str] | None = None,
         template: Mapping[str, str] | None = None,
+        mend: Callable[[str], str] | None = None,
     ) -> None:
+        self.mend = mend
         self.wanted = format
         self.columns = columns or {}
         self.fill = _template(template) if template else None
@@ -200,6 +191,10 @@ class ExampleReader:
                 columns = _Columns(columns)
                 example = _READERS[found](columns, row.origin)
                 self.unused |= {_printable(name): None for name in columns if name not in columns.used}
+            if self.mend:
+                example = changed(example, self.mend)
+                if not all(answer.strip() for answer in _answers(example)):
+                    raise _Unusable("holds nothing to learn once its damage is mended: an answer is empty.")
             for text in texts_of(example):
                 _check_text(text)
         except _Unusable as why:
@@ -322,6 +317,21 @@ def prompt_and_answer(example: Example) -> tuple[str, str]:
             return asked, answered
         case RatedExample(inner):
             return prompt_and_answer(inner)
+
+
+def _answers(example: Example) -> Iterator[str]:
+    """Each text that is to be learned, by itself."""
+    match example:
+        case TextExample(text):
+            yield text
+        case PromptExample(_, completion):
+            yield completion
+        case MessagesExample(messages):
+            yield from ("\n".join(words_of([message])) for message in messages if message["role"] == "assistant")
+        case PreferenceExample(_, chosen, rejected):
+            yield from (part if isinstance(part, str) else "\n".join(words_of(part)) for part in (chosen, rejected))
+        case RatedExample(inner):
+            yield from _answers(inner)
 
 
 def changed(example: Example, change: Callable[[str], str]) -> Example:

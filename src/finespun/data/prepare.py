@@ -33,7 +33,6 @@ from finespun.data.formats import (
     RatedExample,
     Shape,
     TextExample,
-    changed,
     last_prompt,
     prompt_and_answer,
     words_of,
@@ -108,8 +107,13 @@ class Texts:
     @property
     def files(self) -> dict[str, str]:
         """SHA-256 of each file, by its absolute path (of a data set its fingerprint, by its name)."""
-        parts = [part for source in (*self.sources, *self.held_out_sources) for part in source.parts]
-        return {str(p.path.absolute()) if isinstance(p, DataFile) else p.shown: p.sha256 for p in parts}
+        found: dict[str, str] = {}
+        for source in (*self.sources, *self.held_out_sources):
+            for part in source.parts:
+                name = str(part.path.absolute()) if isinstance(part, DataFile) else part.shown
+                if name not in found:  # the members of an archive have its hash, which is computed once
+                    found[name] = part.sha256
+        return found
 
     def count(self, side: int) -> int:
         """How many rows are on a side."""
@@ -124,22 +128,26 @@ class Texts:
     def judged(self) -> Iterator[tuple[Row | None, Example | BadRow]]:
         """All rows with what they are, read again."""
         for source in (*self.sources, *self.held_out_sources):
-            yield from _judged(source, self.reader, self.recipe)
+            yield from _judged(source, self.reader)
 
 
 class Places:
     """Where each row stands, in few bytes."""
 
     def __init__(self) -> None:
-        self._names: dict[str, int] = {}
+        self._names: list[str] = []
+        self._numbers: dict[str, int] = {}
         self._name, self._row = array("l"), array("q")
 
     def add(self, origin: Origin) -> None:
-        self._name.append(self._names.setdefault(origin.source, len(self._names)))
+        number = self._numbers.setdefault(origin.source, len(self._names))
+        if number == len(self._names):
+            self._names.append(origin.source)
+        self._name.append(number)
         self._row.append(origin.row)
 
     def __getitem__(self, number: int) -> Origin:
-        return Origin(list(self._names)[self._name[number]], self._row[number])
+        return Origin(self._names[self._name[number]], self._row[number])
 
 
 @dataclass
@@ -166,7 +174,8 @@ def read_texts(recipe: DataRecipe, items: Items | None = None) -> Texts:
     held = recipe.validation if isinstance(recipe.validation, list) else []
     held_sources = open_sources(held, recipe.encoding, recipe.documents)
     template = recipe.template.model_dump(exclude_none=True) if recipe.template else None
-    texts = _judge(recipe, sources, held_sources, ExampleReader(recipe.format, recipe.columns, template))
+    mend = repaired if recipe.clean and recipe.clean.fix_encoding else None
+    texts = _judge(recipe, sources, held_sources, ExampleReader(recipe.format, recipe.columns, template, mend))
     texts.how += [
         f"{part.shown}: {how}" for source in (*sources, *held_sources) for part in source.parts if (how := part.how())
     ]
@@ -270,14 +279,9 @@ def _settle_sources(recipe: DataRecipe) -> None:
         recipe.validation = absolute(recipe.validation)
 
 
-def _judged(source: Source, reader: ExampleReader, recipe: DataRecipe) -> Iterator[tuple[Row | None, Example | BadRow]]:
-    mend = recipe.clean is not None and recipe.clean.fix_encoding
+def _judged(source: Source, reader: ExampleReader) -> Iterator[tuple[Row | None, Example | BadRow]]:
     for row in rows_of(source):
-        example = row if isinstance(row, BadRow) else reader.read(row)
-        yield (
-            None if isinstance(row, BadRow) else row,
-            changed(example, repaired) if mend and not isinstance(example, BadRow) else example,
-        )
+        yield (None, row) if isinstance(row, BadRow) else (row, reader.read(row))
 
 
 def _judge(recipe: DataRecipe, sources: list[Source], held: list[Source], reader: ExampleReader) -> Texts:
@@ -292,7 +296,7 @@ def _judge(recipe: DataRecipe, sources: list[Source], held: list[Source], reader
     total = 0
     for source in (*sources, *held):
         starts.append(total)
-        for row, example in _judged(source, reader, recipe):
+        for row, example in _judged(source, reader):
             number, total = total, total + 1
             places.add(example.origin)
             group = None
@@ -482,7 +486,8 @@ def _write_tokens(texts: Texts, encoder: Encoder, recipe: DataRecipe, folder: Pa
     with (
         TokenWriter(folder / "train", vocabulary) as train,
         TokenWriter(folder / "validation", vocabulary) as validation,
-        (folder / "dropped.jsonl").open("w", encoding="utf-8", newline="\n") as left_out,
+        # half a character, for which a row may be left out, is written as JSON's escape for it
+        (folder / "dropped.jsonl").open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as left_out,
     ):
         for number, row, made in encoded(texts, encoder):
             while starts and number >= starts[0]:
@@ -552,9 +557,8 @@ class _Faults:
         if self.count <= ERRORS_SHOWN:
             self.first.append(fault)
 
-    def refuse(self, remedy: str, headline: str | None = None) -> None:
-        if self.first:
-            raise_all([*([headline] if headline else []), *self.first][:ERRORS_SHOWN], remedy, self.count)
+    def refuse(self, remedy: str, headline: str = "") -> None:
+        raise_all(self.first, remedy, self.count, headline)
 
 
 def _mixture(sources: Sequence[Source], train: TokenStore) -> list[Share]:

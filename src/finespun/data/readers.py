@@ -32,13 +32,12 @@ from typing import IO, Any, Literal, NamedTuple
 import orjson
 
 from finespun.errors import DataError
+from finespun.recipe import Documents
 
 if sys.version_info >= (3, 14):
     from compression import zstd
 else:
     from backports import zstd
-
-Documents = Literal["blank-lines", "lines", "files"]
 
 KINDS = (".txt", ".md", ".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".xlsx")
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
@@ -76,9 +75,10 @@ MARKS = (
 )
 
 EAST_ASIAN = ("cp949", "euc_jp", "cp932", "big5hkscs", "gb18030")
-ALPHABETIC = ("cp1252", "cp1250", "cp1251", "koi8_r", "cp1253", "cp1254", "cp1255", "cp1256")
-"""What a file that is not Unicode may be. Each is the larger of its family: gb18030 of GBK, cp932 of Shift-JIS, cp949
-of EUC-KR, cp1252 of Latin-1."""
+ALPHABETIC = ("cp1252", "cp1251", "koi8_r", "cp1253", "cp1254", "cp1255", "cp1256")
+"""What a file that is not Unicode may be; of the alphabetic ones only the first is read unasked. Each is the larger of
+its family: gb18030 of GBK, cp932 of Shift-JIS, cp949 of EUC-KR, cp1252 of Latin-1. Central European cp1250 is none of
+them: with it, French reads as plausibly as Czech."""
 
 PUNCTUATION = frozenset("“”‘’„…—–·«»¿¡°§€\xa0、。〈〉《》「」『』【】〔〕（）！，：；？～　ー々")
 
@@ -580,6 +580,7 @@ def _settle_encoding(file: DataFile) -> tuple[str, str]:
             chosen = _wide_latin(head) or ("utf-16-le" if given else "utf-8")
         if not chosen.startswith("utf-8"):
             note = f"read as {chosen}"
+        hint = ""
         bad = _first_bad_byte(file, chosen)
         if bad is None:
             return chosen, note
@@ -587,7 +588,10 @@ def _settle_encoding(file: DataFile) -> tuple[str, str]:
         if given is None and chosen == "utf-8" and not _damaged_utf8(before, behind):
             sample = _foreign_lines(before, behind, whole=bad <= len(before))
             guess = _wide_asian(head) or _east_asian(sample) or _alphabetic(sample)
-            if guess:
+            if guess in ALPHABETIC[1:]:
+                # one alphabet's bytes are another's letters: a guess is good enough for a hint only
+                hint = f" It may be {guess}."
+            elif guess:
                 words = ", ".join(f"“{word}”" for word in _foreign_words(sample, guess))
                 note = f"read as {guess} (found out: {words}; data.encoding reads it otherwise)"
                 chosen, bad = guess, _first_bad_byte(file, guess)
@@ -604,7 +608,7 @@ def _settle_encoding(file: DataFile) -> tuple[str, str]:
     name = "UTF-8" if chosen.startswith("utf-8") else chosen
     raise DataError(
         f"{file.shown}: is not {name}: {what}. Mend the file there, or give the encoding it was written in with "
-        "data.encoding."
+        f"data.encoding.{hint}"
     )
 
 
@@ -835,6 +839,10 @@ class _Excerpt(reprlib.Repr):
         super().__init__()
         self.maxlevel, self.maxdict, self.maxlist, self.maxtuple = 4, 8, 4, 4
         self.maxstring = self.maxother = 60
+
+    def repr_int(self, x: int, level: int) -> str:
+        # Python refuses to write one of more than 4,300 digits
+        return super().repr_int(x, level) if x.bit_length() < 10_000 else "a number of thousands of digits"
 
 
 def excerpt(value: Any, limit: int = 160) -> str:

@@ -82,6 +82,24 @@ def _log_weights(log_ratios: np.ndarray, features: np.ndarray, lengths: np.ndarr
         return np.where(lengths > 0, sums * np.minimum(1, usual / lengths), -np.inf)
 
 
+def _read(pool: Iterable[str]) -> tuple[array, array, Counter[str], int]:
+    """The buckets of all texts end to end, how many each has, the counts of the frequent units, and of all together."""
+    features, lengths = array("H"), array("q")
+    vocabulary: Counter[str] = Counter()
+    units_read = rare = 0
+    for text in pool:
+        parts = units(text)
+        buckets = _features(parts)
+        features.frombytes(buckets.tobytes())
+        lengths.append(len(buckets))
+        vocabulary.update(parts)
+        units_read += len(parts)
+        while len(vocabulary) > _VOCABULARY:
+            rare += 1
+            vocabulary = Counter({unit: count for unit, count in vocabulary.items() if count > rare})
+    return features, lengths, vocabulary, units_read
+
+
 def select(pool: Iterable[str], target: Iterable[str], keep: int, seed: int = 0, diverse: bool = True) -> Selection:
     """The `keep` texts of `pool` that together are most like `target`, sampled by importance without replacement.
 
@@ -109,19 +127,7 @@ def select(pool: Iterable[str], target: Iterable[str], keep: int, seed: int = 0,
     if keep < 1:
         raise DataError(f"{keep} texts to keep cannot be; keep at least 1.")
 
-    features, lengths = array("H"), array("q")
-    vocabulary: Counter[str] = Counter()
-    units_read = rare = 0
-    for text in pool:
-        parts = units(text)
-        buckets = _features(parts)
-        features.frombytes(buckets.tobytes())
-        lengths.append(len(buckets))
-        vocabulary.update(parts)
-        units_read += len(parts)
-        while len(vocabulary) > _VOCABULARY:
-            rare += 1
-            vocabulary = Counter({unit: count for unit, count in vocabulary.items() if count > rare})
+    features, lengths, vocabulary, units_read = _read(pool)
     if keep > len(lengths):
         raise DataError(f"The pool holds {len(lengths)} texts, so {keep} cannot be kept. Keep fewer, or add texts.")
     if not features:

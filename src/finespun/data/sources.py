@@ -120,7 +120,7 @@ class MemoryRows:
 
     @cached_property
     def sha256(self) -> str:
-        return hashlib.sha256(to_jsonl(self.items).encode("utf-8", "surrogatepass")).hexdigest()
+        return hashlib.sha256(to_jsonl(self.items).encode()).hexdigest()
 
     def rows(self) -> Iterator[Row | BadRow]:
         """Raises `DataError` for an empty list and for an item of another type."""
@@ -140,9 +140,10 @@ class MemoryRows:
 
 
 def to_jsonl(items: Items) -> str:
-    """`items` as the lines of a file that reads back as they are."""
+    """`items` as the lines of a file that reads back as they are; half a character is written as JSON's escape."""
     rows = (dict(item) if isinstance(item, Mapping) else {"text": item} for item in items)
-    return "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+    lines = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+    return lines.encode("utf-8", "backslashreplace").decode()
 
 
 def read_standard_input(documents: Documents | None = None, encoding: str | None = None) -> list[Mapping[str, Any]]:
@@ -156,7 +157,8 @@ def read_standard_input(documents: Documents | None = None, encoding: str | None
         with path.open("wb") as file:
             shutil.copyfileobj(sys.stdin.buffer, file)
         data = DataFile(path, "standard input", None, encoding, documents)
-        beginning = path.read_bytes()[:64].decode(data.encoding[0], "ignore").lstrip()
+        with path.open(encoding=data.encoding[0]) as text:
+            beginning = text.read(64).lstrip()
         if documents is None and beginning[:1] in ("{", "["):
             data = replace(data, path=path.rename(path.with_suffix(".jsonl")))
         rows = list(data.rows())
@@ -302,10 +304,10 @@ def _shown(path: Path) -> str:
     return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
-def raise_all(faults: Sequence[str], remedy: str = "", count: int | None = None) -> None:
-    """One `DataError` of all faults (of `count`, where only the first were kept), the first ones in full; nothing if
-    there are none."""
+def raise_all(faults: Sequence[str], remedy: str = "", count: int | None = None, headline: str = "") -> None:
+    """One `DataError` of all faults (of `count`, where only the first were kept), the first ones in full, below a
+    `headline`; nothing if there are none."""
     if faults:
         rest = (count or len(faults)) - ERRORS_SHOWN
         more = [f"... and {rest} more like these."] if rest > 0 else []
-        raise DataError("\n".join([*faults[:ERRORS_SHOWN], *more, *([remedy] if remedy else [])]))
+        raise DataError("\n".join(filter(None, [headline, *faults[:ERRORS_SHOWN], *more, remedy])))

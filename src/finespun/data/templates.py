@@ -18,7 +18,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,11 +37,7 @@ from finespun.data.formats import (
 from finespun.data.readers import BadRow, Origin
 from finespun.data.sources import raise_all
 from finespun.errors import DataError, FinespunError, ModelError
-
-PromptFormat = Literal["chat", "raw"]
-ChatTemplate = Literal["plain", "chatml"]
-TrainOn = Literal["all", "last"]
-TooLong = Literal["refuse", "cut", "cut-left", "skip", "split"]
+from finespun.recipe import ChatTemplate, PromptFormat, TooLong, TrainOn
 
 PLAIN_CHAT_TEMPLATE = (
     "{% for message in messages %}"

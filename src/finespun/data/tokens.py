@@ -2,6 +2,7 @@
 
 ids.bin         token ids of all examples end to end, uint16 or uint32
 ends.npy        [examples] int64: where each example ends in it
+trained.npy     [examples] int64: trained tokens of each example
 run_ends.bin    int64: where each run of equal loss weight ends in it; run_weights.bin, float32: the weight of each
 origins.bin     [examples, 2] int64: number of the source's name, row
 names.json      names of the sources, and from which example on each source of a mixture begins

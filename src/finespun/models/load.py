@@ -129,6 +129,7 @@ def load_model(name: str, precision: Precision | None = None, device: torch.devi
     return loaded
 
 
+@quiet_transformers()
 def grow_vocabulary(loaded: LoadedModel) -> list[int]:
     """Gives the model an embedding, and an output row, for each token that its tokenizer has got beyond them; returns
     the ids of these tokens. They start as what tokens are on average (Hewitt 2021), and are to be trained."""
@@ -136,7 +137,9 @@ def grow_vocabulary(loaded: LoadedModel) -> list[int]:
     rows = int(model.get_input_embeddings().weight.shape[0])  # ty: ignore[not-subscriptable]
     size = len(loaded.tokenizer)
     if size > rows:
-        model.resize_token_embeddings(size)
+        with torch.random.fork_rng(devices=[]):  # the same run starts from the same embeddings
+            torch.manual_seed(0)
+            model.resize_token_embeddings(size)
     return list(range(rows, size))
 
 
@@ -151,7 +154,8 @@ def save_model(loaded: LoadedModel, stop_ids: Sequence[int], folder: Path) -> No
     if loaded.has_adapter:
         origin |= {"base_name": loaded.base_name, "base_sha256": weights_sha256(loaded.base_path)}
     with new_folder(folder) as new:
-        loaded.model.save_pretrained(new)
+        # an adapter holds the rows of new tokens; peft would add the whole embeddings of a model that has grown
+        loaded.model.save_pretrained(new, **({"save_embedding_layers": False} if loaded.has_adapter else {}))
         loaded.tokenizer.save_pretrained(new)
         (new / "README.md").unlink(missing_ok=True)  # peft's empty model card
         (new / ORIGIN_FILE).write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
