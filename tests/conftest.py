@@ -135,11 +135,12 @@ def smollm2_shared(smollm2_folder: Path) -> LoadedModel:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def own_token_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Token ids of the tests are kept apart from those of the person who runs them."""
-    folder = tmp_path_factory.mktemp("tokens")
+def own_data_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What is kept of the tests' data is kept apart from what the person who runs them has."""
+    folder = tmp_path_factory.mktemp("data")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("finespun.data.prepare.token_cache", lambda: folder)
+        for module in ("prepare", "texts"):
+            patch.setattr(f"finespun.data.{module}.data_cache", lambda: folder)
         yield
 
 

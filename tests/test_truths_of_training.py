@@ -23,9 +23,9 @@ from conftest import sentences
 from finespun import finetuning
 from finespun.data.formats import Message, MessagesExample, PromptExample, TextExample
 from finespun.data.packing import step_indices
-from finespun.data.prepare import HELD_OUT, read_texts
 from finespun.data.readers import BadRow, Origin
 from finespun.data.templates import Encoder, LengthLimit, TokenizedExample
+from finespun.data.texts import HELD_OUT, read_texts
 from finespun.errors import TrainingInterrupted
 from finespun.models.load import LoadedModel, load_model
 from finespun.recipe import Recipe

@@ -21,7 +21,7 @@ from finespun.errors import FinespunError
 from finespun.recipe import Recipe
 
 if TYPE_CHECKING:
-    from finespun.data.prepare import Items
+    from finespun.data.sources import Items
     from finespun.text_model import TextModel
 
 __all__ = ["FinespunError", "Recipe", "TextModel", "finetune", "load"]

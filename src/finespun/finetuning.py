@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from finespun.data.formats import Message
-from finespun.data.prepare import HELD_OUT, Texts, Tokens, encode_texts, prompt_of, read_texts
+from finespun.data.formats import Message, prompt_of
+from finespun.data.prepare import Tokens, encode_texts
 from finespun.data.sources import Items, MemoryRows, read_standard_input, to_jsonl
 from finespun.data.templates import Encoder, TokenizedExample, resolve_prompt_format
+from finespun.data.texts import HELD_OUT, Texts, read_texts
 from finespun.errors import DataError, RunError, TrainingInterrupted
 from finespun.evaluation.perplexity import perplexity, perplexity_ratio
 from finespun.files import write_text
@@ -123,7 +124,7 @@ def _prepare(recipe: Recipe, texts: Texts, reporter: Reporter) -> _Prepared:
     loaded = load_model(recipe.model, precision="float32")
     data = recipe.data
     data.prompt_format = resolve_prompt_format(
-        loaded.tokenizer, texts.shape, data.prompt_format, data.chat_template, texts.thoughts
+        loaded.tokenizer, texts.judged.shape, data.prompt_format, data.chat_template, texts.judged.thoughts
     )
     new_tokens = grow_vocabulary(loaded)
     encoder = Encoder(loaded.tokenizer, data.prompt_format, data.train_on)
@@ -268,10 +269,10 @@ def _describe(texts: Texts, tokens: Tokens, recipe: Recipe) -> dict[str, Any]:
     counts, edges = np.histogram(lengths, bins=min(30, len(np.unique(lengths))))
     return {
         "files": texts.files,
-        "format": texts.reader.format,
-        "shape": texts.shape,
+        "format": texts.judged.format,
+        "shape": texts.judged.shape,
         "prompt_format": recipe.data.prompt_format,
-        "read": len(texts.sides),
+        "read": len(texts.judged.sides),
         "dropped": tokens.dropped,
         "train": len(tokens.train),
         "validation": len(tokens.validation),

@@ -16,9 +16,10 @@ from transformers import PreTrainedTokenizerFast
 from conftest import sentences
 from finespun.data import prepare
 from finespun.data.packing import micro_batches, step_indices
-from finespun.data.prepare import HELD_OUT, LEFT_OUT, TRAIN, Texts, Tokens, encode_texts, read_texts
+from finespun.data.prepare import Tokens, encode_texts
 from finespun.data.readers import Origin
 from finespun.data.templates import Encoder, TokenizedExample
+from finespun.data.texts import HELD_OUT, LEFT_OUT, TRAIN, Texts, read_texts
 from finespun.data.tokens import Share, TokenStore, TokenWriter
 from finespun.errors import DataError
 from finespun.recipe import CleanRecipe, DataRecipe
@@ -60,7 +61,7 @@ def test_kept_and_left_out_are_what_was_read_and_each_has_its_reason(small_token
     assert reasons[7].endswith("row 1")
     for row, said in ((8, "not a text"), (9, "drop_matching"), (10, "min_characters"), (11, "im_end"), (12, "tokens")):
         assert said in reasons[row]
-    assert len(tokens.train) + tokens.dropped == len(texts.sides) == 13
+    assert len(tokens.train) + tokens.dropped == len(texts.judged.sides) == 13
     assert {example.origin.row for example in tokens.train} == {1, 2, 3, 4, 5, 6}
     assert [line["columns"] for line in dropped(tokens)] == items[6:]
 
@@ -69,8 +70,8 @@ def test_near_duplicates_are_left_out(small_tokenizer, write_jsonl) -> None:
     long = " ".join(f"word{i}" for i in range(60))
     path = write_jsonl({"text": long}, {"text": long + " more"}, {"text": " ".join(sentences(8))})
     texts = read_texts(DataRecipe(source=[str(path)], validation=0.0, clean=CleanRecipe(deduplicate="near")))
-    assert texts.sides.tolist() == [TRAIN, LEFT_OUT, TRAIN]
-    assert "nearly the same as" in texts.reasons[1]
+    assert texts.judged.sides.tolist() == [TRAIN, LEFT_OUT, TRAIN]
+    assert "nearly the same as" in texts.judged.reasons[1]
 
 
 def test_mended_texts_are_judged_again(write_jsonl) -> None:
@@ -88,7 +89,7 @@ def test_mended_texts_are_judged_again(write_jsonl) -> None:
     texts = read_texts(recipe)
     ((_, example),) = texts.examples(TRAIN)
     assert example.completion == "café"
-    assert "nothing to learn" in texts.reasons[1]
+    assert "nothing to learn" in texts.judged.reasons[1]
 
 
 def test_a_group_stands_on_one_side(write_jsonl) -> None:
@@ -96,9 +97,9 @@ def test_a_group_stands_on_one_side(write_jsonl) -> None:
         *[{"text": f"{text} {n}", "author": i} for i, text in enumerate(sentences(30)) for n in range(4)]
     )
     texts = read_texts(DataRecipe(source=[str(path)], validation=0.3, group_by="author"))
-    sides = texts.sides.reshape(30, 4)
+    sides = texts.judged.sides.reshape(30, 4)
     assert (sides == sides[:, :1]).all()
-    assert {TRAIN, HELD_OUT} == set(texts.sides.tolist())
+    assert {TRAIN, HELD_OUT} == set(texts.judged.sides.tolist())
 
 
 def test_what_is_held_out_and_trained_alike_is_said(write_jsonl, tmp_path: Path) -> None:

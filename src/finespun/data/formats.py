@@ -769,6 +769,28 @@ _READERS: dict[Format, Callable[[Mapping[str, Any], Origin], Any]] = {
 }
 
 
+def prompt_of(example: Example) -> tuple[str | list[Message], str]:
+    """What stands before the text to be written, and that text: for showing a model at work on `example`.
+
+    A plain text is divided behind its first line, or where that is long, in its first 60 characters.
+    """
+    match example:
+        case PromptExample(prompt, completion):
+            return prompt, completion
+        case MessagesExample(messages):
+            return last_prompt(messages)
+        case TextExample(text):
+            first_line = text.find("\n") + 1
+            at = first_line if 0 < first_line <= 80 < len(text) else text.rfind(" ", 1, 60)
+            at = at if at > 0 else min(20, len(text) // 2)
+            return text[:at], text[at:]
+        case RatedExample(inner):
+            return prompt_of(inner)
+        case PreferenceExample(prompt, chosen):
+            asked = prompt if isinstance(prompt, str) else list(prompt)
+            return asked, chosen if isinstance(chosen, str) else "\n".join(words_of(chosen))
+
+
 def last_prompt(messages: Sequence[Message]) -> tuple[list[Message], str]:
     """A conversation before the assistant's last turn, and that turn's words."""
     last = max(position for position, message in enumerate(messages) if message["role"] == "assistant")

@@ -10,7 +10,7 @@ import re
 import unicodedata
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
@@ -144,6 +144,36 @@ class NearDuplicates:
         return None
 
 
+class NearDuplicateExamples:
+    """As `NearDuplicates`, for prompts with answers: two are alike when they are as a whole and their answers are by
+    themselves. Under a long prompt that many rows share, rows with different answers are no duplicates."""
+
+    def __init__(self) -> None:
+        self._wholes, self._answers = NearDuplicates(), NearDuplicates()
+
+    def first_like(self, prompt: str, answer: str, key: int) -> int | None:
+        """The key of the earliest example that this one is like, as far as can be told; if there is none, None, and
+        `key`, which must be higher than all before, is kept. A text that is all answer has an empty `prompt`."""
+        whole = self._wholes.first_like(f"{prompt}\n{answer}", key)
+        if not prompt:
+            return whole
+        same_answer = self._answers.first_like(answer, key)
+        return None if whole is None or same_answer is None else max(whole, same_answer)
+
+
+def is_single_word(text: str) -> bool:
+    """Whether a text is one word, or one or two characters where words are not divided."""
+    if len(text) > 80:
+        return False
+    parts = units(text)
+    return len(parts) <= 1 or (len(parts) == 2 and all(_CJK.fullmatch(part) for part in parts))
+
+
+def is_echo(prompt: str, answer: str) -> bool:
+    """Whether an answer says only what was asked."""
+    return bool(prompt) and answer.strip() == prompt.strip()
+
+
 class Overlap:
     """How much of held-out texts occurs in training texts: n-grams of units, 13 as in GPT-3 (Brown et al. 2020, C).
 
@@ -151,7 +181,7 @@ class Overlap:
     is held out is kept in memory, some 25 bytes for each of its units; training texts stream by.
     """
 
-    def __init__(self, held_out: Sequence[str], n: int = 13) -> None:
+    def __init__(self, held_out: Iterable[str], n: int = 13) -> None:
         if n < 1:
             raise DataError(f"Overlap is counted in n-grams of at least 1 unit; n is {n}.")
         self._n = n

@@ -144,9 +144,12 @@ class DataFile:
 
     @cached_property
     def sha256(self) -> str:
-        """Of the file on disk; of the whole archive for a member."""
+        """Of the file on disk; of the whole archive for a member. Raises `DataError` as `rows` does."""
+        self._check_unchanged()
         with self._reading(), self.path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        self._check_unchanged()
+        return digest
 
     @cached_property
     def encoding(self) -> tuple[str, str]:
