@@ -14,8 +14,10 @@ from typing import Any
 
 import pytest
 
-from finespun.recipe import Recipe
-from finespun.report import _change, _count, _duration, _length_limit, _percent, _perplexity, write_report
+from finespun.data.check import check_texts
+from finespun.data.texts import read_texts
+from finespun.recipe import DataRecipe, Recipe
+from finespun.report import _change, _count, _duration, _length_limit, _percent, _perplexity, write_check, write_report
 from finespun.runs import RunFolder
 
 ALERT = "<script>alert(1)</script>"
@@ -301,7 +303,7 @@ def test_formats() -> None:
     assert _change(interval(0.58, 0.55, 0.61))["value"] == "−42 %"
 
 
-def browse(folder: RunFolder, profile: Path, *options: str) -> tuple[str, str]:
+def browse(page: Path, profile: Path, *options: str) -> tuple[str, str]:
     """The page's DOM after its scripts ran in Chromium, and what the browser logged."""
     chromium = shutil.which("chromium")
     if chromium is None:
@@ -317,7 +319,7 @@ def browse(folder: RunFolder, profile: Path, *options: str) -> tuple[str, str]:
         f"--user-data-dir={profile}",
         *options,
         "--dump-dom",
-        folder.report.as_uri(),
+        page.as_uri(),
     ]
     done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=120, check=True)
     return done.stdout, done.stderr
@@ -328,10 +330,28 @@ def browse(folder: RunFolder, profile: Path, *options: str) -> tuple[str, str]:
 )
 def test_browser_draws_charts(make_run: RunMaker, tmp_path: Path, steps: int, results: dict[str, Any] | None) -> None:
     folder = make_run(steps=steps, results=results, validate_every=500 if results else None)
-    dom, log = browse(folder, tmp_path / "profile", "--window-size=390,800")
+    dom, log = browse(folder.report, tmp_path / "profile", "--window-size=390,800")
     assert re.search(r'<html[^>]* data-charts="ready"', dom)
     assert dom.count("<canvas") == 3
     assert dom.count('class="u-legend') == 3
     assert ("validation</div>" in dom) == bool(results)
     # Script errors and anything that the page's own policy refused come as console messages.
+    assert "CONSOLE" not in log, log
+
+
+def test_the_page_of_a_check_is_drawn_and_texts_cannot_inject(tmp_path: Path) -> None:
+    items = [{"prompt": f"{number} {BREAKOUT}", "completion": f"{ALERT} {number}"} for number in range(40)]
+    recipe = DataRecipe(validation=0.1, on_bad_row="skip")
+    check = check_texts(read_texts(recipe, [*items, {"prompt": ALERT, "completion": 5}, *items[:3]]))
+    page = tmp_path / "check.html"
+    write_check(check, page, f"data {BREAKOUT}", None)
+    source = page.read_text(encoding="utf-8")
+    assert ALERT not in source
+    assert "<img" not in source
+    text = Page(source).text
+    assert "Training would refuse this data as it is." in text
+    assert "1 of 44 (2.3 %) rows that cannot be used" in text
+    assert "data, row 41" in text
+    dom, log = browse(page, tmp_path / "profile", "--window-size=390,800")
+    assert dom.count("<rect") == len(check.lengths.counts)
     assert "CONSOLE" not in log, log

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from finespun.data.check import changed_since_check
 from finespun.data.formats import Message, prompt_of
 from finespun.data.prepare import Tokens, encode_texts
 from finespun.data.sources import Items, MemoryRows, read_standard_input, to_jsonl
@@ -114,7 +115,7 @@ def resume(path: str | Path, reporter: Reporter | None = None) -> FinishedRun:
 
 def _prepare(recipe: Recipe, texts: Texts, reporter: Reporter) -> _Prepared:
     """Reads, encodes and decides all that can fail before a step; completes `recipe`."""
-    for line in (*texts.how, *texts.notes):
+    for line in (*texts.how, *texts.notes, *changed_since_check(texts.files)):
         reporter.say(line)
     location = locate(recipe.model)
     if Path(recipe.model).exists():

@@ -1,6 +1,7 @@
-"""The report of a run: one HTML page, made only of what is in the run folder, that needs nothing but a browser.
+"""Figures become words: the report of a run and the page of a data check, each one HTML file that needs nothing but a
+browser, and what a terminal shows of a check or a selection.
 
-The layout is in `report.html.j2`; here the figures become words.
+The report is made only of what is in the run folder. Layouts are in the `.html.j2` files.
 """
 
 from __future__ import annotations
@@ -8,13 +9,17 @@ from __future__ import annotations
 import base64
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from finespun.data.check import Check
+from finespun.data.selection import Selection
 from finespun.files import write_text
 from finespun.runs import RunFolder
 
@@ -36,6 +41,98 @@ def write_report(folder: RunFolder) -> None:
 
     Raises `RunError` where the manifest cannot be read or the disk does not take the page.
     """
+    _write_page(folder.report, "report.html.j2", _view(folder))
+
+
+def write_check(check: Check, page: Path, name: str, model: str | None) -> None:
+    """Writes the page of a check of the data called `name`, for the tokens of `model` where they were counted. Raises
+    `RunError` where the disk does not take it."""
+    lengths = check.lengths
+    view = {
+        "name": name,
+        "model": model,
+        "checked": _date(datetime.now().astimezone().isoformat()),
+        "check": check,
+        "verdict": _verdict(check),
+        "words": SEVERITIES,
+        "bars": _bars({"counts": lengths.counts, "edges": lengths.edges}, lengths.median, lengths.unit)
+        if lengths
+        else None,
+        "files": _named(check.files),
+        "version": version("finespun"),
+    }
+    page.parent.mkdir(parents=True, exist_ok=True)
+    _write_page(page, "check.html.j2", view)
+
+
+def check_lines(check: Check, places: int = 3) -> list[str]:
+    """What a check found, for a terminal; of each finding the first `places` rows."""
+    lines = list(check.how)
+    kept = f"{_count(check.train)} rows to train, {_count(check.held_out)} held out"
+    lines.append(kept + "".join(f", {_count(number)} left out ({kind} …)" for kind, number in check.left_out.items()))
+    if lengths := check.lengths:
+        trained = _percent(100 * lengths.trained / max(lengths.total, 1))
+        lines += [
+            f"{_count(lengths.total)} {lengths.unit}, {trained} of them trained; an example has "
+            f"{_count(lengths.median)} in the median, {_count(lengths.p95)} or fewer in 95 %, "
+            f"{_count(lengths.longest)} at most",
+            f"  0 {_sparkline(lengths.counts)} {_count(lengths.longest)}",
+        ]
+        if lengths.limits:
+            lines.append("  with data.max_length   are longer          tokens beyond it")
+            lines += [
+                f"  {_count(limit.max_length):>15}   {_share(limit.longer, lengths.examples):<17}   "
+                f"{_share(limit.beyond, lengths.total)}"
+                for limit in lengths.limits
+            ]
+    if check.languages:
+        total = sum(check.languages.values())
+        said = [f"{code or 'not told'} {_percent(100 * number / total)}" for code, number in check.languages.items()]
+        lines.append(f"Languages of what is trained: {', '.join(said[:8])}{', …' if said[8:] else ''}")
+    lines += check.remarks
+    for finding in check.findings:
+        lines += ["", f"{SEVERITIES[finding.severity]}: {_share(finding.count, finding.of)} {finding.title}"]
+        lines += [f"    {origin}{f': {detail}' if detail else ''}" for origin, detail in finding.places[:places]]
+        if (rest := finding.count - places) > 0:
+            lines.append(f"    … and {_count(rest)} more")
+        lines.append(f"  → {finding.remedy}")
+    return [*lines, "", _verdict(check)]
+
+
+def selection_lines(selection: Selection, keep: int) -> list[str]:
+    """What a selection changed, for a terminal."""
+    before, chance, after = (
+        f"{value:.3f}"
+        for value in (selection.divergence_before, selection.divergence_random, selection.divergence_after)
+    )
+    lines = [
+        f"{_count(len(selection))} of {_count(len(selection.log_weights))} rows selected; "
+        f"{_count(selection.near_duplicates)} passed over as near-duplicates",
+        f"Distance from the target (KL divergence, nats): {before} for the whole pool, {chance} for as many "
+        f"rows taken at random, {after} for the selection",
+    ]
+    if len(selection) < keep:
+        lines.insert(1, f"That is fewer than the {_count(keep)} asked for: nothing else is left that differs.")
+    for what, moved in (("More frequent", selection.gained), ("Less frequent", selection.lost)):
+        words = ", ".join(f"{unit} {100 * was:.2f} → {100 * now:.2f} %" for unit, was, now in moved[:8])
+        lines.append(f"{what} than in the pool: {words or 'nothing'}")
+    return lines
+
+
+SEVERITIES = {"stops": "Stops training", "misleads": "Misleads", "look": "To look at"}
+
+
+def _verdict(check: Check) -> str:
+    """What a check comes to, in a sentence."""
+    kinds = Counter(finding.severity for finding in check.findings)
+    if kinds["stops"]:
+        return "Training would refuse this data as it is."
+    if kinds["misleads"]:
+        return "Training would take this data, but would learn or measure something else than it seems to."
+    return "Nothing was found that speaks against training." + (" Some things are worth a look." if kinds else "")
+
+
+def _write_page(path: Path, template: str, view: Mapping[str, Any]) -> None:
     environment = Environment(
         loader=FileSystemLoader(HERE, encoding="utf-8"),
         autoescape=True,
@@ -46,11 +143,12 @@ def write_report(folder: RunFolder) -> None:
     environment.filters |= {
         "count": _count,
         "percent": _percent,
+        "share": _share,
         "perplexity": _perplexity,
         "interval": _interval,
         "sha256_source": _sha256_source,
     }
-    write_text(folder.report, environment.get_template("report.html.j2").render(_view(folder)))
+    write_text(path, environment.get_template(template).render(view))
 
 
 def _view(folder: RunFolder) -> dict[str, Any]:
@@ -61,7 +159,7 @@ def _view(folder: RunFolder) -> dict[str, Any]:
         "name": folder.path.absolute().name,
         "started": _date(manifest.get("started")),
         "manifest": manifest,
-        "files": [(Path(path).name, path, digest) for path, digest in data["files"].items()],
+        "files": _named(data["files"]),
         "results": results,
         "change": _change(results["perplexity_ratio"]) if results else None,
         "first": metrics[0] if metrics else None,
@@ -141,6 +239,21 @@ def _count(number: float) -> str:
     return f"{number:,.0f}"
 
 
+def _share(number: int, of: int) -> str:
+    """12 of 250 (4.8 %)."""
+    return f"{_count(number)} of {_count(of)} ({_percent(100 * number / max(of, 1))})"
+
+
+def _named(files: Mapping[str, str]) -> list[tuple[str, str, str]]:
+    return [(Path(path).name, path, digest) for path, digest in files.items()]
+
+
+def _sparkline(counts: Sequence[int]) -> str:
+    """A histogram in one line; what is not nothing can be seen."""
+    highest = max(counts)
+    return "".join("▁▂▃▄▅▆▇█"[math.ceil(7 * number / highest)] for number in counts)
+
+
 def _percent(value: float) -> str:
     """Percent with as many digits as it takes to tell it from 0, and a fall from 100."""
     if math.isinf(value):
@@ -203,12 +316,12 @@ def _sample(sample: Mapping[str, Any]) -> dict[str, Any]:
     return {"turns": turns, "columns": [column | {"text": column["text"].strip("\n")} for column in columns]}
 
 
-def _bars(histogram: Mapping[str, Sequence[float]], median: float) -> dict[str, Any]:
+def _bars(histogram: Mapping[str, Sequence[float]], median: float, unit: str = "tokens") -> dict[str, Any]:
     """The histogram of lengths in units of its own picture: bars 1 wide, the highest 100 high."""
     counts, edges = histogram["counts"], histogram["edges"]
     highest = max(counts)
     bars = [
-        {"height": 100 * number / highest, "title": f"{start:,.0f} to {end:,.0f} tokens: {number:,}"}
+        {"height": 100 * number / highest, "title": f"{start:,.0f} to {end:,.0f} {unit}: {number:,}"}
         for number, start, end in zip(counts, edges, edges[1:], strict=False)
     ]
     ticks = [edges[0], (edges[0] + edges[-1]) / 2, edges[-1]]

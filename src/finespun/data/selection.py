@@ -113,7 +113,8 @@ def select(pool: Iterable[str], target: Iterable[str], keep: int, seed: int = 0,
       fewer than 100 words. Here a text with more features than the median text of the target weighs as though it had
       just as many; a shorter one keeps its sum, for it gives that little evidence.
     - The program adds 1e-8 to every share, and whatever a small target happens to lack weighs as much as ten common
-      words. Here the target's distribution is smoothed with the pool's.
+      words. Here the shares are half the target's and half the pool's, so that a feature costs at most log 2; with less
+      of the pool's, long texts of the target's kind, for all that its sample lacks, weigh less than a few words of any.
 
     `pool` is read once for the weights, and again for texts to choose among, so it must not be an iterator. Memory
     for each of its texts: 4 bytes for every unit and some 40 more, and the texts themselves of what is selected.
@@ -136,10 +137,11 @@ def select(pool: Iterable[str], target: Iterable[str], keep: int, seed: int = 0,
     pool_lengths = np.frombuffer(lengths, np.int64)
 
     background = _distribution(np.bincount(pool_features, minlength=_BUCKETS))
-    wanted = _distribution(np.bincount(np.concatenate(target_features), minlength=_BUCKETS), background)
-    log_weights = _log_weights(
-        np.log(wanted / background), pool_features, pool_lengths, np.median([len(each) for each in target_features])
-    )
+    target_counts = np.bincount(np.concatenate(target_features), minlength=_BUCKETS)
+    wanted = _distribution(target_counts, background)
+    log_ratios = np.log((target_counts / target_counts.sum() + background) / 2 / background)
+    usual = float(np.median([len(each) for each in target_features]))
+    log_weights = _log_weights(log_ratios, pool_features, pool_lengths, usual)
     generator = np.random.default_rng(seed)
     order = np.argsort(-(log_weights + generator.gumbel(size=len(log_weights))), kind="stable")
     order = order[np.isfinite(log_weights[order])]

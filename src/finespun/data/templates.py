@@ -220,6 +220,18 @@ class Encoder:
         text = self._decode([*anchor, *ids], skip_special_tokens)
         return text.removeprefix("\n") if anchor else text
 
+    def pieces(self, example: TokenizedExample) -> list[tuple[str, float]]:
+        """An example's text, special tokens written out, in runs of equal loss weight, each with that weight. A first
+        token that is part of a character, and has no loss since nothing predicts it, goes with the run behind it."""
+        weights = example.loss_weights.copy()
+        if len(weights) > 1 and "\ufffd" in self.decode(example.input_ids[:1].tolist(), skip_special_tokens=False):
+            weights[0] = weights[1]
+        ends = [*(np.flatnonzero(np.diff(weights)) + 1).tolist(), len(weights)]
+        return [
+            (self.decode(example.input_ids[start:end].tolist(), skip_special_tokens=False), float(weights[start]))
+            for start, end in zip([0, *ends], ends, strict=False)
+        ]
+
     def _assemble(
         self, sequence: _Sequence, parts: list[list[int]], verdicts: Iterator[str | None]
     ) -> TokenizedExample | BadRow:

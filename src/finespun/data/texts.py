@@ -386,19 +386,17 @@ def _read_line(texts: Texts) -> str:
     return f"{where}{files}: {len(texts.judged.sides):,} rows, format {texts.judged.format}{unused}"
 
 
-def kinds_of(reasons: dict[int, str]) -> list[tuple[str, int]]:
-    """Reasons without what differs from row to row, and how many rows have each, the most frequent first."""
-    kinds = Counter(
-        re.split(r"[\d'`]|says (?:nearly )?the same", reason)[0].strip() or "repeated" for reason in reasons.values()
-    )
-    return kinds.most_common()
+def kind_of(reason: str) -> str:
+    """A reason without what differs from row to row."""
+    return re.split(r"[\d'`]|says (?:nearly )?the same", reason)[0].strip() or "repeated"
 
 
 def _notes(texts: Texts) -> list[str]:
     judged = texts.judged
     notes = []
     if judged.reasons:
-        said = ", ".join(f"{number:,} × “{kind} ...”" for kind, number in kinds_of(judged.reasons)[:3])
+        kinds = Counter(map(kind_of, judged.reasons.values()))
+        said = ", ".join(f"{number:,} × “{kind} ...”" for kind, number in kinds.most_common(3))
         notes.append(f"{len(judged.reasons):,} rows are left out: {said} (dropped.jsonl has each with its reason)")
     if not (texts.recipe.clean and texts.recipe.clean.deduplicate) and (repeats := len(judged.repeats())):
         notes.append(f"{repeats:,} rows say the same as an earlier one (data.clean.deduplicate exact leaves them out)")

@@ -13,7 +13,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from finespun.errors import ModelError
@@ -61,7 +68,7 @@ class LoadedModel:
     @property
     def context_length(self) -> int:
         """Longest sequence the model was made for, in tokens; 2048 where its config does not say."""
-        return int(getattr(self.causal_lm.config.get_text_config(), "max_position_embeddings", None) or 2048)
+        return _context_length(self.causal_lm.config)
 
 
 def default_device() -> torch.device:
@@ -127,6 +134,24 @@ def load_model(name: str, precision: Precision | None = None, device: torch.devi
     loaded.model.to(device)
     loaded.model.eval()
     return loaded
+
+
+@quiet_transformers()
+def load_tokenizer(name: str) -> tuple[PreTrainedTokenizerBase, int]:
+    """The tokenizer and the context length, in tokens, of the model called `name`, without its weights. Raises as
+    `load_model` does."""
+    location = locate(name)
+    if location.kind == "package":
+        location = convert_packaged(location)
+    file = {"gguf_file": location.path.name} if location.kind == "gguf" else {}
+    folder = location.path.parent if file else location.path
+    try:
+        tokenizer = _load_tokenizer(folder, **file)
+        if (folder / "adapter_config.json").is_file():
+            return tokenizer, load_tokenizer(_base_of(folder, read_origin(folder)))[1]
+        return tokenizer, _context_length(AutoConfig.from_pretrained(str(folder), **file))
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{location.path}: its tokenizer cannot be loaded: {error}") from error
 
 
 @quiet_transformers()
@@ -227,11 +252,9 @@ def _load_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 
 def _load_adapter(folder: Path, origin: dict[str, str], precision: Precision, device: torch.device) -> LoadedModel:
-    from peft import PeftConfig, PeftModel
+    from peft import PeftModel
 
-    name = origin.get("base_name") or PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
-    if not name:
-        raise ModelError(f"{folder}: the adapter does not say which model it belongs to.")
+    name = _base_of(folder, origin)
     base = load_model(name, precision, device)
     if "base_sha256" in origin and weights_sha256(base.base_path) != origin["base_sha256"]:
         raise ModelError(
@@ -242,3 +265,16 @@ def _load_adapter(folder: Path, origin: dict[str, str], precision: Precision, de
     grow_vocabulary(LoadedModel(base.model, tokenizer, base.base_name, base.base_path))
     model = PeftModel.from_pretrained(base.model, str(folder), autocast_adapter_dtype=False)
     return LoadedModel(model.to(base.model.dtype), tokenizer, base.base_name, base.base_path)
+
+
+def _base_of(adapter: Path, origin: dict[str, str]) -> str:
+    from peft import PeftConfig
+
+    name = origin.get("base_name") or PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
+    if not name:
+        raise ModelError(f"{adapter}: the adapter does not say which model it belongs to.")
+    return name
+
+
+def _context_length(config: PreTrainedConfig) -> int:
+    return int(getattr(config.get_text_config(), "max_position_embeddings", None) or 2048)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 
 class Reporter:
@@ -27,6 +29,30 @@ class Reporter:
     def say(self, text: str) -> None:
         """One line (or more) for the person."""
         self._console.print(text, markup=False)
+
+    def print(self, text: str) -> None:
+        """One line of what a command was asked for: to stdout."""
+        if not self._console.quiet:
+            print(text)
+
+    @contextmanager
+    def counting(self, doing: str, what: str) -> Generator[Callable[[int, int], None]]:
+        """Inside, follows work of known size through the function that it gives: done, and of how many."""
+        if self._console.quiet or not self._console.is_terminal:
+            last = time.monotonic()
+
+            def line(done: int, of: int) -> None:
+                nonlocal last
+                if time.monotonic() - last >= self.LINE_EVERY:
+                    self.say(f"{doing}: {done:,} of {of:,} {what}")
+                    last = time.monotonic()
+
+            yield line
+            return
+        columns = (TextColumn(doing), BarColumn(), MofNCompleteColumn(), TextColumn(what), TimeRemainingColumn())
+        with Progress(*columns, console=self._console, transient=True) as bar:
+            task = bar.add_task(doing)
+            yield lambda done, of: bar.update(task, completed=done, total=of)
 
     def start(self, step: int, steps: int) -> Self:
         """Begins to follow a run at `step` of `steps`."""
