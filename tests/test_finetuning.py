@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import sentences
+from conftest import CHATML, sentences
 from finespun import finetuning
 from finespun.recipe import Recipe
 from finespun.training.progress import Reporter
@@ -66,6 +66,35 @@ def test_rows_that_are_left_out_trouble_neither_training_nor_samples_nor_the_rep
     assert [(Path(line["file"]).name, line["row"]) for line in reasons] == [("data.jsonl", 8), ("held.jsonl", 1)]
     assert "cut at their beginning" in run.folder.report.read_text(encoding="utf-8")
     assert "7 examples longer than 64 tokens were cut at their beginning" in capsys.readouterr().err
+
+
+def test_samples_are_asked_for_with_their_tools(
+    tiny_folder: Path, in_tmp: Path, write_jsonl: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tools = [{"type": "function", "function": {"name": "look_up", "parameters": {}}}]
+    talk = [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "There."}]
+    held = write_jsonl({"messages": talk, "tools": tools}, name="held.jsonl")
+    data = write_jsonl({"messages": [talk[0], {"role": "assistant", "content": "Here."}], "tools": tools})
+    Path("model").mkdir()
+    for file in tiny_folder.iterdir():
+        (Path("model") / file.name).write_bytes(file.read_bytes())
+    Path("model/chat_template.jinja").write_text(
+        "{% if tools %}{{ tools | tojson }}\n{% endif %}" + CHATML, encoding="utf-8"
+    )
+    asked: list[str] = []
+    generate = finetuning.generate
+
+    def watched(loaded: finetuning.LoadedModel, encoder: finetuning.Encoder, prompts: list[list[int]], *more: object):
+        asked.extend(encoder.decode(prompt, skip_special_tokens=False) for prompt in prompts)
+        return generate(loaded, encoder, prompts, *more)
+
+    monkeypatch.setattr(finetuning, "generate", watched)
+    recipe = Recipe.from_keywords(
+        model="model", out="run", source=[str(data)], validation=[str(held)], max_steps=1, max_new_tokens=2
+    )
+    finetuning.finetune(recipe, reporter=Reporter(quiet=True))
+    assert len(asked) == 2  # before and after
+    assert all("look_up" in prompt and "Where?" in prompt for prompt in asked)
 
 
 def test_texts_that_are_piped_in_are_kept_with_the_run(tiny_folder: Path, in_tmp: Path) -> None:

@@ -21,12 +21,23 @@ def cache_folder() -> Path:
 
 def write_text(path: Path, text: str) -> None:
     """Replaces `path` by a file with `text` (UTF-8). Raises `RunError` where the disk does not take it."""
+    with _replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+
+
+def copy_file(source: Path, path: Path) -> None:
+    """Replaces `path` by a copy of `source`. Raises `RunError` where the disk does not take it."""
+    with _replacing(path) as temporary:
+        shutil.copyfile(source, temporary)
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Generator[Path]:
+    """A temporary file to write, which then takes the place of `path`."""
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
-        with temporary.open("w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        yield temporary
+        _sync(temporary)
         temporary.replace(path)
         _sync_folder(path.parent)
     except OSError as error:
@@ -81,7 +92,7 @@ def _explain(path: Path, error: BaseException) -> str:
 
 
 def _sync(path: Path) -> None:
-    with path.open("rb") as file:
+    with path.open("r+b") as file:
         os.fsync(file.fileno())
 
 

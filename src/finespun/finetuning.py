@@ -15,14 +15,14 @@ import numpy as np
 import torch
 
 from finespun.data.check import changed_since_check
-from finespun.data.formats import Message, prompt_of
+from finespun.data.formats import Asked, prompt_of
 from finespun.data.prepare import Tokens, encode_texts
 from finespun.data.sources import Items, MemoryRows, read_standard_input, to_jsonl
 from finespun.data.templates import Encoder, TokenizedExample, resolve_prompt_format
 from finespun.data.texts import HELD_OUT, Texts, read_texts
 from finespun.errors import DataError, RunError, TrainingInterrupted
 from finespun.evaluation.perplexity import perplexity, perplexity_ratio
-from finespun.files import write_text
+from finespun.files import copy_file, write_text
 from finespun.generation.engine import generate
 from finespun.generation.settings import Sampling
 from finespun.models.adapters import add_lora, merge
@@ -84,7 +84,7 @@ def finetune(recipe: Recipe, items: Items | None = None, reporter: Reporter | No
         files = run.manifest["data"]["files"]
         files[str(folder.data.absolute())] = files.pop(MemoryRows.shown)
     folder.create(recipe, run.manifest)
-    write_text(folder.dropped, (run.tokens.folder / "dropped.jsonl").read_text(encoding="utf-8"))
+    copy_file(run.tokens.folder / "dropped.jsonl", folder.dropped)
     if items is not None:
         write_text(folder.data, to_jsonl(items))
     return _run(run, folder, reporter, resume_from=None)
@@ -237,18 +237,18 @@ def _sample_prompts(run: _Prepared) -> list[Sample]:
         return [{"prompt": prompt, "reference": None} for prompt in run.recipe.samples.prompts]
     # of the examples that the length limit cut, not every prompt leaves room for an answer
     fitting = (
-        {"prompt": prompt, "reference": reference}
-        for prompt, reference in (prompt_of(example) for _, example in run.texts.examples(HELD_OUT))
-        if _leaves_room(prompt, run)
+        asked._asdict()
+        for asked in (prompt_of(example) for _, example in run.texts.examples(HELD_OUT))
+        if _leaves_room(asked, run)
     )
     return list(islice(fitting, run.recipe.samples.count))
 
 
-def _leaves_room(prompt: str | list[Message], run: _Prepared) -> bool:
-    """Whether an answer fits behind `prompt`, and the prompt is one for this model at all: a row that its template
+def _leaves_room(asked: Asked, run: _Prepared) -> bool:
+    """Whether an answer fits behind the prompt, and the prompt is one for this model at all: a row that its template
     refuses may have been left out of training."""
     try:
-        return len(run.encoder.encode_prompt(prompt)) < run.loaded.context_length
+        return len(run.encoder.encode_prompt(asked.prompt, asked.tools)) < run.loaded.context_length
     except DataError:
         return False
 
@@ -256,7 +256,7 @@ def _leaves_room(prompt: str | list[Message], run: _Prepared) -> bool:
 def _write_out(samples: Sequence[Sample], when: str, run: _Prepared) -> list[Sample]:
     """`samples` with what the model writes now, greedily, under the key `when`."""
     sampling = Sampling(max_new_tokens=run.recipe.samples.max_new_tokens)
-    prompts = [run.encoder.encode_prompt(sample["prompt"]) for sample in samples]
+    prompts = [run.encoder.encode_prompt(sample["prompt"], sample.get("tools")) for sample in samples]
     written = generate(run.loaded, run.encoder, prompts, sampling) if prompts else []
     return [
         {**sample, when: completion.text, f"{when}_finish_reason": completion.finish_reason}

@@ -355,6 +355,19 @@ ROWS: list[tuple[str, Format, dict[str, Any], Example]] = [
         talk(system("Be brief."), user("Hello, you"), bot("Hi")),
     ),
     (
+        "whether a turn is trained, as other tools write it",
+        "chat",
+        {
+            "messages": [
+                {"role": "user", "content": "hi", "train": False},
+                {"role": "assistant", "content": "Hm.", "loss": False},
+                {"role": "user", "content": "well?"},
+                {"role": "assistant", "content": "Hello!", "training": True},
+            ]
+        },
+        talk(user("hi"), bot("Hm.", weight=0.0), user("well?"), bot("Hello!", weight=1.0)),
+    ),
+    (
         "LLaMA-Factory parts with loss weights",
         "chat",
         {
@@ -848,6 +861,8 @@ def function(arguments: Any) -> dict[str, Any]:
         (chat(ASK, {**SAY, "weight": float("inf")}), "message 2 has the weight inf; it should be"),
         (chat(ASK, {**SAY, "weight": 10**400}), "message 2 has the weight 1000000"),
         (chat(ASK, {**SAY, "weight": 1e-50}), "message 2 has the weight 1e-50; it should be"),
+        (chat(ASK, {**SAY, "loss": 1}), "message 2 has the loss 1; it should be true or false."),
+        (chat({**ASK, "train": True}, SAY), "message 1 is the user's and has the weight"),
         (
             chat({**ASK, "weight": 1}, SAY),
             "message 1 is the user's and has the weight 1; only the assistant's words are trained.",

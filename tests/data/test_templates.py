@@ -88,6 +88,18 @@ def test_a_template_that_changes_what_was_said_is_refused(
         encoder.encode_example(MessagesExample(TALK[1:5], HERE))
 
 
+def test_a_prompt_that_a_template_leaves_out_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+    asked = [Message(role="user", content="Where is the ferry?")]
+    tools = [{"type": "function", "function": {"name": "look", "parameters": {}}}]
+    encoder = Encoder(tokenizer)
+    assert "ferry" in tokenizer.decode(encoder.encode_prompt(asked))
+    with pytest.raises(DataError, match="does not show the tool 'look'"):
+        encoder.encode_prompt(asked, tools)
+    tokenizer.chat_template = CHATML.replace("message['content']", "message['content'] | replace('ferry', 'mill')")
+    with pytest.raises(DataError, match="leaves out message 1, the user's, or changes it"):
+        encoder.encode_prompt(asked)
+
+
 def test_a_template_that_strips_still_trains_the_words(tokenizer: PreTrainedTokenizerFast) -> None:
     tokenizer.chat_template = CHATML.replace("message['content']", "message['content'] | trim")
     (example,) = Encoder(tokenizer).encode_example(PromptExample("who?", " the ferryman \n", HERE))

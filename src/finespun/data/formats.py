@@ -25,7 +25,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
-from typing import Any, Literal, NotRequired, TypedDict
+from typing import Any, Literal, NamedTuple, NotRequired, TypedDict
 
 import jinja2
 import orjson
@@ -632,18 +632,29 @@ def _message(message: Any, where: str) -> Message:
                 raise _Unusable(f"{where} has the `{key}` {excerpt(value)}, not a text.")
             _check_text(value)
             read[key] = value
-    weight = message.get("weight", message.get("loss_weight"))
+    weight = _weight(message, where)
     if weight is not None:
-        number = isinstance(weight, int | float) and not isinstance(weight, bool)
-        if not number or (weight and not 1e-3 <= weight <= 1e3):
-            raise _Unusable(f"{where} has the weight {excerpt(weight)}; it should be 0, or from 0.001 to 1000.")
         if role == "assistant":
             read["weight"] = float(weight)
         elif weight:
             raise _Unusable(
-                f"{where} is the {role}'s and has the weight {weight}; only the assistant's words are trained."
+                f"{where} is the {role}'s and has the weight {weight:g}; only the assistant's words are trained."
             )
     return read
+
+
+def _weight(message: Mapping[str, Any], where: str) -> float | None:
+    """The loss weight that a message gives itself: a number as OpenAI's `weight`, or whether it is trained, under the
+    names that other tools have for it."""
+    for key in ("weight", "loss_weight", "loss", "train", "training"):
+        if (weight := message.get(key)) is not None:
+            switch = key in ("loss", "train", "training")
+            number = isinstance(weight, int | float) and isinstance(weight, bool) == switch
+            if not number or (weight and not 1e-3 <= weight <= 1e3):
+                wanted = "true or false" if switch else "0, or from 0.001 to 1000"
+                raise _Unusable(f"{where} has the {key} {excerpt(weight)}; it should be {wanted}.")
+            return float(weight)
+    return None
 
 
 def _content(content: Any, where: str) -> str:
@@ -769,26 +780,34 @@ _READERS: dict[Format, Callable[[Mapping[str, Any], Origin], Any]] = {
 }
 
 
-def prompt_of(example: Example) -> tuple[str | list[Message], str]:
-    """What stands before the text to be written, and that text: for showing a model at work on `example`.
+class Asked(NamedTuple):
+    """What stands before a text to be written, that text, and the tools it may call."""
+
+    prompt: str | list[Message]
+    reference: str
+    tools: Tools | None = None
+
+
+def prompt_of(example: Example) -> Asked:
+    """What to show a model at work on `example` with.
 
     A plain text is divided behind its first line, or where that is long, in its first 60 characters.
     """
     match example:
         case PromptExample(prompt, completion):
-            return prompt, completion
-        case MessagesExample(messages):
-            return last_prompt(messages)
+            return Asked(prompt, completion)
+        case MessagesExample(messages, _, tools):
+            return Asked(*last_prompt(messages), tools)
         case TextExample(text):
             first_line = text.find("\n") + 1
             at = first_line if 0 < first_line <= 80 < len(text) else text.rfind(" ", 1, 60)
             at = at if at > 0 else min(20, len(text) // 2)
-            return text[:at], text[at:]
+            return Asked(text[:at], text[at:])
         case RatedExample(inner):
             return prompt_of(inner)
         case PreferenceExample(prompt, chosen):
             asked = prompt if isinstance(prompt, str) else list(prompt)
-            return asked, chosen if isinstance(chosen, str) else "\n".join(words_of(chosen))
+            return Asked(asked, chosen if isinstance(chosen, str) else "\n".join(words_of(chosen)))
 
 
 def last_prompt(messages: Sequence[Message]) -> tuple[list[Message], str]:

@@ -132,7 +132,8 @@ class Encoder:
         self.stop_ids: tuple[int, ...] = self._find_stop_ids()
 
     def encode_prompt(self, prompt: str | Sequence[Message], tools: Tools | None = None) -> list[int]:
-        """Ids of what stands before the text that the model is to write: a raw prompt or a conversation."""
+        """Ids of what stands before the text that the model is to write: a raw prompt or a conversation. Raises
+        `DataError` where the chat template does not take it, or leaves out a message or a tool."""
         if self.prompt_format == "raw":
             if not isinstance(prompt, str):
                 raise DataError(
@@ -143,6 +144,7 @@ class Encoder:
             messages = [Message(role="user", content=prompt)] if isinstance(prompt, str) else list(prompt)
             self._refuse_special(messages, tools)
             before = self._render(messages, tools, add_generation_prompt=True)
+            _refuse_dropped(messages, tools, before)
             # The answers that stand in a prompt are tokenized as they were trained: apart from what is around them.
             pieces: list[_Piece] = []
             with contextlib.suppress(FinespunError):
