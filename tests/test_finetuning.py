@@ -97,6 +97,29 @@ def test_samples_are_asked_for_with_their_tools(
     assert all("look_up" in prompt and "Where?" in prompt for prompt in asked)
 
 
+def test_the_model_before_training_is_measured_once_for_the_same_weights_and_texts(
+    tiny_folder: Path, in_tmp: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(out: str, model: object = tiny_folder, texts: int = 12, **settings: object) -> tuple[dict, list[str], bool]:
+        more = {"max_steps": 2, "max_new_tokens": 4} | settings
+        recipe = Recipe.from_keywords(model=str(model), out=out, **more)
+        done = finetuning.finetune(recipe, sentences(texts), Reporter()).folder
+        measured = "Measuring the model as it is" in capsys.readouterr().err
+        results = done.manifest()["results"]["perplexity_before"]
+        return results, [sample["before"] for sample in done.samples()], measured
+
+    first = run("a")
+    assert first[2]
+    assert run("b", learning_rate=1e-3, epochs=2) == (*first[:2], False)
+    assert run("c", texts=13)[2]
+    assert run("d", max_new_tokens=5)[2]
+    trained = run("e", model=Path("a"), texts=12)
+    assert trained[2]
+    assert trained[0] != first[0]
+    run("lora", method="lora")
+    assert run("f", model=Path("lora"))[2]  # its base is the same, its adapter is not
+
+
 def test_texts_that_are_piped_in_are_kept_with_the_run(tiny_folder: Path, in_tmp: Path) -> None:
     command = [sys.executable, "-m", "finespun", "train", "--model", str(tiny_folder), "--data", "-", "--out", "run"]
     piped = "".join(json.dumps({"text": text}) + "\n" for text in sentences(8))

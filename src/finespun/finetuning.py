@@ -3,10 +3,12 @@ is written."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from finespun.data.formats import Asked, prompt_of
 from finespun.data.prepare import Tokens, encode_texts
 from finespun.data.sources import Items, MemoryRows, read_standard_input, to_jsonl
 from finespun.data.templates import Encoder, TokenizedExample, resolve_prompt_format
-from finespun.data.texts import HELD_OUT, Texts, read_texts
+from finespun.data.texts import HELD_OUT, Texts, data_cache, forget_old, hash_of, read_texts
 from finespun.errors import DataError, RunError, TrainingInterrupted
 from finespun.evaluation.perplexity import perplexity, perplexity_ratio
 from finespun.files import copy_file, write_text
@@ -32,7 +34,7 @@ from finespun.recipe import Recipe, TrainingRecipe
 from finespun.report import LENGTH_ACTIONS, write_report
 from finespun.runs import RunFolder, default_out, environment
 from finespun.training.checkpoint import Checkpoint, newest_checkpoint
-from finespun.training.loop import ResolvedTraining, example_losses, tokens_per_second, train
+from finespun.training.loop import ExampleLosses, ResolvedTraining, example_losses, tokens_per_second, train
 from finespun.training.objectives.causal_lm import CausalLM
 from finespun.training.progress import Reporter
 from finespun.training.schedule import settle
@@ -61,6 +63,8 @@ class _Prepared:
     objective: CausalLM
     steps: int
     manifest: dict[str, Any]
+    weights: list[str]
+    """SHA-256 of all that the model was loaded from."""
 
 
 def finetune(recipe: Recipe, items: Items | None = None, reporter: Reporter | None = None) -> FinishedRun:
@@ -131,6 +135,7 @@ def _prepare(recipe: Recipe, texts: Texts, reporter: Reporter) -> _Prepared:
     encoder = Encoder(loaded.tokenizer, data.prompt_format, data.train_on)
     tokens = encode_texts(texts, encoder, recipe.data, loaded.context_length)
     parameters = loaded.causal_lm.num_parameters()
+    weights = [weights_sha256(path) for path in (loaded.base_path, *([location.path] if loaded.has_adapter else []))]
     trainable = make_trainable(loaded, recipe, new_tokens)
     objective = CausalLM(loaded.causal_lm)
     settings = recipe.training
@@ -148,7 +153,7 @@ def _prepare(recipe: Recipe, texts: Texts, reporter: Reporter) -> _Prepared:
         "data": _describe(texts, tokens, recipe),
         "base": {
             "name": loaded.base_name,
-            "sha256": weights_sha256(loaded.base_path),
+            "sha256": weights[0],
             "parameters": parameters,
         },
         "seed": recipe.training.seed,
@@ -162,16 +167,14 @@ def _prepare(recipe: Recipe, texts: Texts, reporter: Reporter) -> _Prepared:
     )
     if objective.why_slow:
         reporter.say(f"Examples are computed one by one, since {objective.why_slow}.")
-    return _Prepared(recipe, texts, tokens, loaded, encoder, objective, steps, manifest)
+    return _Prepared(recipe, texts, tokens, loaded, encoder, objective, steps, manifest, weights)
 
 
 def _run(run: _Prepared, folder: RunFolder, reporter: Reporter, resume_from: Checkpoint | None) -> FinishedRun:
     """Measures, trains, measures again and writes the model and the report."""
     recipe, loaded, tokens, objective = run.recipe, run.loaded, run.tokens, run.objective
     training = ResolvedTraining.from_recipe(recipe.training, run.steps)
-    reporter.say("Measuring the model as it is")
-    before = example_losses(objective, tokens.validation, training.micro_batch_tokens)
-    samples = folder.samples() or _write_out(_sample_prompts(run), "before", run)
+    before, samples = _measured_before(run, training.micro_batch_tokens, reporter)
     folder.write_samples(samples)
     try:
         state, best = train(
@@ -204,6 +207,25 @@ def _run(run: _Prepared, folder: RunFolder, reporter: Reporter, resume_from: Che
     folder.write_samples(_write_out(samples, "after", run))
     write_report(folder)
     return FinishedRun(folder, loaded, run.encoder)
+
+
+def _measured_before(run: _Prepared, micro_batch_tokens: int, reporter: Reporter) -> tuple[ExampleLosses, list[Sample]]:
+    """What the model makes of the held-out examples before it is trained. That is kept, for a run is often started
+    again, with another learning rate or after an interruption, from the same weights with the same texts."""
+    loaded = run.loaded
+    computed_by = [str(loaded.device), str(loaded.causal_lm.dtype), torch.__version__, version("transformers")]
+    asked = run.recipe.samples.model_dump()
+    place = data_cache() / "before" / f"{hash_of([run.weights, run.tokens.folder.name, asked, computed_by])}.json"
+    if not place.is_file():
+        reporter.say("Measuring the model as it is")
+        losses = example_losses(run.objective, run.tokens.validation, micro_batch_tokens)
+        samples = _write_out(_sample_prompts(run), "before", run)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        forget_old(place.parent)
+        write_text(place, json.dumps({"losses": losses, "samples": samples}))
+    place.touch()
+    kept = json.loads(place.read_text(encoding="utf-8"))
+    return tuple(kept["losses"]), kept["samples"]
 
 
 def _speed(objective: CausalLM, examples: Sequence[TokenizedExample], recipe: TrainingRecipe) -> float:

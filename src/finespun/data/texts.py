@@ -209,11 +209,11 @@ def data_cache() -> Path:
 
 
 def forget_old(cache: Path) -> None:
-    """Deletes the folders in `cache` that were not used for long."""
+    """Deletes what is in `cache` and was not used for long."""
     limit = time.time() - CACHE_DAYS * 24 * 3600
-    for folder in cache.iterdir() if cache.is_dir() else ():
-        if folder.stat().st_mtime < limit:
-            shutil.rmtree(folder, ignore_errors=True)
+    for entry in cache.iterdir() if cache.is_dir() else ():
+        if entry.stat().st_mtime < limit:
+            shutil.rmtree(entry, ignore_errors=True) if entry.is_dir() else entry.unlink(missing_ok=True)
 
 
 def hash_of(parts: Any) -> str:
