@@ -129,6 +129,15 @@ def test_shown_pieces_are_the_tokens_that_carry_loss(
     assert out.count("⟦") == 1
 
 
+def test_what_is_piped_in_is_looked_at(in_tmp: Path, smollm2_folder: Path) -> None:
+    piped = "".join(json.dumps({"text": text}) + "\n" for text in sentences(12)).encode()
+    for command, said in (("check", b"12 rows, format text"), ("show", b"data, row 1:")):
+        line = [sys.executable, "-m", "finespun", "data", command, "-", "--model", "smollm2-135m"]
+        done = subprocess.run(line, input=piped, capture_output=True, check=True)
+        assert said in done.stdout
+    assert Path("standard input.check.html").exists()
+
+
 def test_show_has_two_colours_on_a_terminal(write_jsonl: Callable[..., Path], smollm2_folder: Path) -> None:
     path = write_jsonl({"prompt": "Who rows?", "completion": "The ferryman."})
     reader, writer = pty.openpty()

@@ -103,3 +103,11 @@ def test_quiet_is_quiet(tiny_folder: Path, in_tmp: Path, capfd: pytest.CaptureFi
     assert capfd.readouterr() == ("", "")
     main(["generate", "runs/data", "the"])
     assert json.loads(capfd.readouterr().out)["prompt"] == "the"
+
+
+def test_several_sources_may_follow_one_option(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As a shell writes out a pattern that is not in quotation marks."""
+    Path("a.jsonl").write_text('{"text": "x"}\n', encoding="utf-8")
+    with pytest.raises(SystemExit):
+        main(["train", "--data", "a.jsonl", "b.jsonl", "--model", "m"])
+    assert "b.jsonl: there is no such file" in capsys.readouterr().err

@@ -138,7 +138,7 @@ def test_what_cleaning_leaves_out_is_counted_and_not_looked_at() -> None:
     items = [*HEALTHY, HEALTHY[0], pair("x", "secret@example.org is the address"), pair("y", 3)]
     found = checked(items, clean=CleanRecipe(deduplicate="exact", drop_matching="secret"))
     assert rows(found) == {"rows that cannot be used": [15]}
-    assert found.left_out == {"repeated": 1, "matches data.clean.drop_matching with": 1}
+    assert found.left_out == {"says the same as an earlier one": 1, "matches data.clean.drop_matching with": 1}
     assert found.train + found.held_out + sum(found.left_out.values()) + 1 == found.read == 15
 
 

@@ -1445,3 +1445,32 @@ def test_shapes() -> None:
 )
 def test_half_a_format_is_none(columns: dict[str, Any]) -> None:
     assert detect(columns) is None
+
+
+MESSAGES = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "The ferryman."}]
+
+
+@pytest.mark.parametrize(
+    ("columns", "unfolded"),
+    [
+        ({"messages": json.dumps(MESSAGES)}, {"messages": MESSAGES}),
+        ({"prompt": json.dumps(MESSAGES[:1]), "completion": json.dumps(MESSAGES[1:])}, {"prompt": MESSAGES[:1], "completion": MESSAGES[1:]}),
+        ({"prompt": "a", "completion": "b", "label": " TRUE"}, {"prompt": "a", "completion": "b", "label": True}),
+        ({"translation": '{"en": "snow", "de": "Schnee"}'}, {"translation": {"en": "snow", "de": "Schnee"}}),
+    ],
+)  # fmt: skip
+def test_what_a_table_holds_as_text_is_what_it_stands_for(columns: dict[str, Any], unfolded: dict[str, Any]) -> None:
+    assert ExampleReader().read(Row(columns, HERE)) == ExampleReader().read(Row(unfolded, HERE))
+
+
+@pytest.mark.parametrize(
+    "answer",
+    ['[{"name": "look", "arguments": {}}]', '{"role": "user", "content": "x"}', "[]", "[1, 2]", '[{"role": "user"}]', "[broken"],
+)  # fmt: skip
+def test_json_that_is_no_messages_is_the_text_that_it_is(answer: str) -> None:
+    assert ExampleReader().read(Row({"prompt": "Write JSON.", "completion": answer}, HERE)).completion == answer
+
+
+def test_a_template_sees_what_stands_in_the_file() -> None:
+    reader = ExampleReader(template={"text": "{{ messages }}"})
+    assert reader.read(Row({"messages": json.dumps(MESSAGES)}, HERE)).text == json.dumps(MESSAGES)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bz2
 import csv
+import datetime
 import gzip
 import io
 import json
@@ -320,3 +321,23 @@ def test_no_damage_ends_in_a_traceback(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_no_damage_ends_in_a_traceback_however_often_it_is_tried(tmp_path: Path) -> None:
     assert _fuzz(tmp_path, 800, seed=1) > 1000
+
+
+def test_keys_that_an_object_of_a_table_does_not_have_are_not_there(tmp_path: Path) -> None:
+    """Arrow gives all objects of a column the keys of each, and null where one had none."""
+    rows = [
+        {"calls": [{"name": "a", "arguments": {"city": "Rome"}}], "other": None},
+        {"calls": [{"name": "b", "arguments": {"n": 2}}], "other": "x"},
+    ]
+    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "t.parquet")
+    (first, second) = DataFile(tmp_path / "t.parquet", "t").rows()
+    assert [first.columns, second.columns] == rows
+
+
+def test_numbers_and_dates_of_a_spreadsheet_are_read_as_they_are_written(tmp_path: Path) -> None:
+    book = openpyxl.Workbook()
+    book.active.append(["whole", "part", "day", "flag", "text"])
+    book.active.append([1999, 2.5, datetime.date(2026, 11, 25), True, "4.0"])
+    book.save(tmp_path / "t.xlsx")
+    (row,) = DataFile(tmp_path / "t.xlsx", "t").rows()
+    assert list(row.columns.values()) == ["1999", "2.5", "2026-11-25", True, "4.0"]

@@ -49,16 +49,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _spelled_out(arguments: Sequence[str]) -> list[str]:
     """`--data FILE` is short for `--data.source FILE`; a `-` behind an option is its value, which cyclopts takes only
-    behind an equals sign."""
+    behind an equals sign, and one that stands alone is the data, which it takes only behind `--`."""
     tokens: list[str] = []
+    behind: list[str] = []
     for token in arguments:
         if token == "-" and tokens and tokens[-1].startswith("--") and "=" not in tokens[-1]:
             tokens[-1] += "=-"
+        elif token == "-":
+            behind = ["--", "-"]
         elif token == "--data" or token.startswith("--data="):
             tokens.append("--data.source" + token[len("--data") :])
         else:
             tokens.append(token)
-    return tokens
+    return tokens + behind
 
 
 def _message(error: Exception) -> str:

@@ -15,7 +15,7 @@ def train(
     file: Path | None = None,
     /,
     *,
-    recipe: Annotated[Recipe | None, Parameter(name="*")] = None,
+    recipe: Annotated[Recipe | None, Parameter(name="*", consume_multiple=True)] = None,
     resume: Path | None = None,
     quiet: bool = False,
 ) -> None:

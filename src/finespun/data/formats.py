@@ -180,6 +180,7 @@ class ExampleReader:
             if self.fill:
                 example: Example = self.fill(columns, row.origin)
             else:
+                columns = _unfolded(columns)
                 found = self.wanted or detect(columns)
                 if found is None:
                     raise _Unusable(
@@ -233,6 +234,44 @@ class ExampleReader:
         return {key: value for key, value in columns.items() if key not in taken} | {
             new: columns[old] for new, old in self.columns.items()
         }
+
+
+_FOLDED = ("messages", "conversations", "history", "translation")
+_SAID = ("prompt", "completion", "chosen", "rejected")
+_LABELS = ("label", "kto_tag")
+
+
+def _unfolded(columns: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a table has to hold as a text, since its cells hold nothing else: lists and objects as JSON, and true and
+    false. Where a column may be a text as well, only messages are taken for more than that."""
+    found: dict[str, Any] = {}
+    for name in (*_FOLDED, *_SAID):
+        value = columns.get(name)
+        if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+            try:
+                read = orjson.loads(value)
+            except json.JSONDecodeError:
+                continue
+            if name in _FOLDED or _are_messages(read):
+                found[name] = read
+    for name in _LABELS:
+        value = columns.get(name)
+        if isinstance(value, str) and value.strip().lower() in ("true", "false"):
+            found[name] = value.strip().lower() == "true"
+    return {**columns, **found} if found else columns
+
+
+def _are_messages(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(
+            isinstance(item, Mapping)
+            and ("role" in item or "from" in item)
+            and bool({"content", "value", "tool_calls", "function_call"} & item.keys())
+            for item in value
+        )
+    )
 
 
 def detect(columns: Mapping[str, Any]) -> Format | None:

@@ -451,7 +451,7 @@ class DataFile:
                     for start in range(0, len(batch), ROWS_AT_ONCE):
                         for columns in batch.slice(start, ROWS_AT_ONCE).to_pylist():
                             number += 1
-                            yield Row(columns, Origin(self.shown, number))
+                            yield Row(without_nulls(columns), Origin(self.shown, number))
             except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
                 where = f"behind row {number}, " if number else ""
                 raise DataError(
@@ -504,7 +504,28 @@ class DataFile:
             return
         names = self._names(header[1])
         for number, cells in numbered:
-            yield Row({name: cell for name, cell in zip(names, cells, strict=True) if name}, Origin(self.shown, number))
+            filled = {name: _cell(cell) for name, cell in zip(names, cells, strict=True) if name}
+            yield Row(filled, Origin(self.shown, number))
+
+
+def without_nulls(columns: Mapping[str, Any]) -> dict[str, Any]:
+    """Columns of an Arrow table without the nulls in objects within them: there, all objects of a column have the keys
+    of each, and one that an object did not have is null."""
+
+    def clean(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: clean(item) for key, item in value.items() if item is not None}
+        return [clean(item) for item in value] if isinstance(value, list) else value
+
+    return {name: clean(value) for name, value in columns.items()}
+
+
+def _cell(value: Any) -> Any:
+    """What a spreadsheet's cell holds, as a table of texts would: numbers, of which it knows only one kind, and dates
+    as they are written."""
+    if isinstance(value, bool | str):
+        return value
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
 class _Expanding(io.RawIOBase):

@@ -23,7 +23,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Protocol
 
-from finespun.data.readers import KINDS, BadRow, DataFile, Documents, Origin, Row, kind_of
+from finespun.data.readers import KINDS, BadRow, DataFile, Documents, Origin, Row, kind_of, without_nulls
 from finespun.errors import DataError
 
 ERRORS_SHOWN = 20
@@ -79,14 +79,27 @@ def builtin_sets() -> dict[str, TextSet]:
 
 
 def absolute(names: Iterable[str]) -> list[str]:
-    """`names`, several in one divided at its commas, with the paths in them absolute."""
+    """`names`, several in one divided at its commas, with the paths in them absolute. Raises `DataError` for a name
+    that is empty, and for the home of somebody unknown."""
     found = []
     for name in names:
         pieces = [name] if _exists(_split_weight(name)[0]) else [piece.strip() for piece in name.split(",")]
-        found += [
-            piece if piece.startswith("hf:") else str(Path(piece).expanduser().absolute()) for piece in pieces if piece
-        ]
+        if not any(pieces):
+            raise DataError(f"{name!r} names no data: give a file, a folder, a pattern or hf:NAME.")
+        found += [_absolute(piece) for piece in pieces if piece]
     return found
+
+
+def _absolute(name: str) -> str:
+    if name.startswith("hf:"):
+        match = _HUB.fullmatch(name)
+        if not match or not _exists(match["name"]):
+            return name
+        return f"hf:{Path(match['name']).absolute()}{name[match.end('name') :]}"
+    try:
+        return str(Path(name).expanduser().absolute())
+    except RuntimeError as error:
+        raise DataError(f"{name}: {error}") from None
 
 
 def open_sources(names: Iterable[str], encoding: str | None = None, documents: Documents | None = None) -> list[Source]:
@@ -200,7 +213,9 @@ class HubRows:
         number = 0
         try:
             for number, columns in enumerate(self.dataset, 1):
-                yield Row(columns, Origin(self.shown, number))
+                yield Row(without_nulls(columns), Origin(self.shown, number))
+        except DataError:
+            raise
         except Exception as error:  # such as a picture without the package that shows it
             raise DataError(f"{self.shown}: cannot be read behind row {number}: {error}") from None
         if not number:
@@ -216,9 +231,12 @@ def _split_weight(name: str) -> tuple[str, float | None]:
 
 
 def _exists(name: str) -> bool:
-    """Whether there is such a file or folder; what is too long for a name, such as a list of names, is none."""
+    """Whether there is such a file or folder; what is too long for a name, such as a list of names, is none. Raises
+    `DataError` for what lies in a folder that may not be looked into."""
     try:
         return Path(name).expanduser().exists()
+    except PermissionError as error:
+        raise DataError(f"{error.filename}: cannot be read ({error.strerror}).") from None
     except (OSError, RuntimeError):
         return False
 
@@ -241,13 +259,14 @@ def _parts(name: str, encoding: str | None, documents: Documents | None) -> list
         found = _in_folder(path)
         if not found:
             raise DataError(f"{name}: the folder holds no {', '.join((*KINDS, '.zip'))} file.")
-    elif path.exists():
+    elif _exists(name):
         found = [path]
     elif archive := next(
-        (parent for parent in path.parents if parent.suffix.lower() == ".zip" and parent.is_file()), None
+        (parent for parent in path.parents if parent.suffix.lower() == ".zip" and _exists(str(parent))), None
     ):
         pattern = path.relative_to(archive).as_posix()
-        members = [member for member in _members(archive) if member == pattern or fnmatch.fnmatch(member, pattern)]
+        held = _members(archive)
+        members = [pattern] if pattern in held else [member for member in held if fnmatch.fnmatch(member, pattern)]
         if not members:
             raise DataError(
                 f"{name}: {_shown(archive)} holds no such file; it holds {', '.join(_members(archive)[:10])}."
@@ -266,7 +285,7 @@ def _parts(name: str, encoding: str | None, documents: Documents | None) -> list
     parts: list[RowSource] = []
     for each in found:
         if each.suffix.lower() == ".zip":
-            members = [member for member in _members(each) if kind_of(member)]
+            members = [member for member in _members(each) if kind_of(member) and not _left_out(Path(member))]
             if not members:
                 raise DataError(f"{_shown(each)}: the archive holds no {', '.join(KINDS)} file.")
             parts += [file(each, member) for member in members]
@@ -283,10 +302,13 @@ def _in_folder(folder: Path) -> list[Path]:
         Path(where, name)
         for where, _, names in os.walk(folder, onerror=refuse)
         for name in names
-        if not name.startswith(".")
-        and Path(name).stem.lower() != "readme"
-        and (kind_of(name) or name.lower().endswith(".zip"))
+        if not _left_out(Path(where, name).relative_to(folder)) and (kind_of(name) or name.lower().endswith(".zip"))
     )
+
+
+def _left_out(path: Path) -> bool:
+    """Whether a file that is not named itself is none of the data: hidden, in a hidden folder, or a README."""
+    return any(part.startswith(".") for part in path.parts) or path.name.lower().partition(".")[0] == "readme"
 
 
 def _members(archive: Path) -> list[str]:

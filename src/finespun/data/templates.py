@@ -290,7 +290,7 @@ class Encoder:
                     "cannot be shown which tokens are the assistant's"
                     + (" (it may know no tools)" if message.get("tool_calls") else "")
                     + (". It starts with the assistant, which not every template takes" if position == 0 else "")
-                    + ". Use data.prompt_format raw, another data.chat_template, or another model."
+                    + ". Use another data.chat_template, or another model."
                 )
             if position == answers[-1]:
                 _refuse_dropped(messages[:position], tools, before)

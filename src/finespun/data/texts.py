@@ -382,13 +382,16 @@ def _read_line(texts: Texts) -> str:
     parts = sum(len(source.parts) for source in sources)
     where = ", ".join(Path(name).name or name for name in names[:3]) + (" ..." if len(names) > 3 else "")
     files = f" ({parts} files)" if parts > len(names) else ""
-    unused = f"; columns not used: {', '.join(texts.judged.unused)}" if texts.judged.unused else ""
+    idle = [name for name in texts.judged.unused if name != texts.recipe.group_by]
+    unused = f"; columns not used: {', '.join(idle)}" if idle else ""
     return f"{where}{files}: {len(texts.judged.sides):,} rows, format {texts.judged.format}{unused}"
 
 
 def kind_of(reason: str) -> str:
     """A reason without what differs from row to row."""
-    return re.split(r"[\d'`]|says (?:nearly )?the same", reason)[0].strip() or "repeated"
+    if match := re.match(r"says (?:nearly )?the same as ", reason):
+        return f"{match[0]}an earlier one"
+    return re.split(r"[\d'\"]", reason)[0].strip()
 
 
 def _notes(texts: Texts) -> list[str]:
