@@ -348,7 +348,9 @@ def _masked(piece: str) -> str:
     return piece[:3] + "…" + (piece[-2:] if len(piece) > 8 else "")
 
 
-_HELD_APART = "Remove them from one side, or hold out other rows: validation on them flatters."
+_HELD_APART = (
+    "Validation on them flatters. Of a held-out share, data.clean.deduplicate near keeps one; else remove them."
+)
 _MEND = "data.clean.fix_encoding mends them."
 _REMOVE = "Remove or replace it: a model can repeat what it was trained on."
 
