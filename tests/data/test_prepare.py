@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ from conftest import sentences
 from finespun.data import prepare
 from finespun.data.packing import micro_batches, step_indices
 from finespun.data.prepare import Tokens, encode_texts
-from finespun.data.readers import Origin
+from finespun.data.readers import BadRow, Origin
 from finespun.data.templates import Encoder, TokenizedExample
 from finespun.data.texts import HELD_OUT, LEFT_OUT, TRAIN, Texts, read_texts
 from finespun.data.tokens import Share, TokenStore, TokenWriter
@@ -131,6 +132,33 @@ def test_the_same_data_is_tokenized_once_and_changed_data_anew(
     path = write_jsonl(*rows[:-1], {"prompt": "changed", "completion": "and not the same"})
     assert ids() != first
     assert calls["written"] == 3
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are forked on Linux only")
+def test_in_processes_the_same_is_made_in_the_same_order(small_tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    items = [
+        {"prompt": f"the {n}", "completion": "odd <|im_end|>" if n % 50 == 0 else text}
+        for n, text in enumerate(sentences(400))
+    ]
+    recipe = DataRecipe(validation=0.0, on_bad_row="skip")
+    texts, encoder = read_texts(recipe, items), Encoder(small_tokenizer)
+
+    def made() -> list[tuple]:
+        return [
+            (number, str(bad) if isinstance(bad, BadRow) else [each.input_ids.tolist() for each in bad])
+            for number, _, _, bad in prepare.encoded(texts, encoder)
+        ]
+
+    inline = made()
+    started = []
+    pool = prepare.ProcessPoolExecutor
+    monkeypatch.setattr(prepare, "ProcessPoolExecutor", lambda *more: (started.append(more[0]), pool(*more))[1])
+    monkeypatch.setattr(prepare, "FEWEST_FOR_PROCESSES", 0)
+    monkeypatch.setattr(prepare, "BATCH_EXAMPLES", 30)
+    monkeypatch.setattr(prepare.os, "sched_getaffinity", lambda process: {0, 1, 2})
+    assert made() == inline
+    assert started == [3]
+    assert sum(isinstance(said, str) for _, said in inline) == 8
 
 
 weights = st.lists(st.sampled_from([0.0, 0.5, 1.0, 2.0]), min_size=1, max_size=12)

@@ -1015,3 +1015,17 @@ def test_no_conversation_is_trained_wrongly(name: str, messages: list[Message]) 
         match = [span for span in found if span[0] == context and bare(name, span[1]) in replies]
         assert match, (context, replies, found)
         found.remove(match[0])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_short_way_to_render_is_that_of_transformers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where its compiler is not to be had, its `apply_chat_template` does the same."""
+    talks = [conversation(turns, system) for turns, system in product((1, 2), (False, True))]
+    short = [attempt(name, talk) for talk in talks]
+    monkeypatch.setattr("finespun.data.templates._compile_jinja_template", None)
+    for talk, examples in zip(talks, short, strict=True):
+        again = attempt(name, talk)
+        assert (again is None) == (examples is None)
+        for one, other in zip(again or [], examples or [], strict=True):
+            assert one.input_ids.tolist() == other.input_ids.tolist()
+            assert one.loss_weights.tolist() == other.loss_weights.tolist()

@@ -21,6 +21,7 @@ Formats and their columns (others are not used, and named):
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -236,28 +237,27 @@ class ExampleReader:
         }
 
 
-_FOLDED = ("messages", "conversations", "history", "translation")
-_SAID = ("prompt", "completion", "chosen", "rejected")
-_LABELS = ("label", "kto_tag")
+_FOLDED = {"messages", "conversations", "history", "translation"}
+_LABELS = {"label", "kto_tag"}
+_UNFOLDED = {*_FOLDED, *_LABELS, "prompt", "completion", "chosen", "rejected"}
 
 
 def _unfolded(columns: Mapping[str, Any]) -> Mapping[str, Any]:
     """What a table has to hold as a text, since its cells hold nothing else: lists and objects as JSON, and true and
     false. Where a column may be a text as well, only messages are taken for more than that."""
     found: dict[str, Any] = {}
-    for name in (*_FOLDED, *_SAID):
-        value = columns.get(name)
-        if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
-            try:
+    for name in _UNFOLDED & columns.keys():
+        value = columns[name]
+        if not isinstance(value, str):
+            continue
+        if name in _LABELS:
+            if (word := value.strip().lower()) in ("true", "false"):
+                found[name] = word == "true"
+        elif value.lstrip()[:1] in ("[", "{"):
+            with contextlib.suppress(json.JSONDecodeError):
                 read = orjson.loads(value)
-            except json.JSONDecodeError:
-                continue
-            if name in _FOLDED or _are_messages(read):
-                found[name] = read
-    for name in _LABELS:
-        value = columns.get(name)
-        if isinstance(value, str) and value.strip().lower() in ("true", "false"):
-            found[name] = value.strip().lower() == "true"
+                if name in _FOLDED or _are_messages(read):
+                    found[name] = read
     return {**columns, **found} if found else columns
 
 

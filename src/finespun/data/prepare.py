@@ -6,14 +6,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
+import os
+import signal
+import sys
 from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from finespun.data.formats import Example, MessagesExample, PromptExample, TextExample
+from finespun.data.formats import Example, Trainable, texts_of
 from finespun.data.readers import BadRow, Row
 from finespun.data.sources import ERRORS_SHOWN, Source, raise_all
 from finespun.data.templates import Encoder, LengthLimit, TokenizedExample
@@ -27,8 +32,12 @@ LONGEST_DEFAULT = 2048
 """Tokens of the longest example where a recipe does not say; a model's context may allow more, memory often not."""
 
 BATCH_CHARACTERS = 1 << 20
-BATCH_EXAMPLES = 2048
+BATCH_EXAMPLES = 1024
 """What is tokenized at once: enough for all cores, little for memory."""
+
+FEWEST_FOR_PROCESSES = 4000
+MOST_PROCESSES = 8
+"""Rows from which on processes are started for the chat template, and how many: more than that, one cannot feed."""
 
 
 @dataclass
@@ -93,37 +102,40 @@ class Encoded(NamedTuple):
 
 
 def encoded(texts: Texts, encoder: Encoder) -> Iterator[Encoded]:
-    """All rows in their order. While one batch is tokenized on all cores, the next is read."""
-    with ThreadPoolExecutor(1) as pool:
-        waiting: deque[tuple[list[_Waiting], Future[list[TokenizedExample | BadRow]]]] = deque()
-        for batch in _batches(texts, encoder):
-            sequences = [sequence for each in batch if not isinstance(each.made, BadRow) for sequence in each.made]
-            waiting.append((batch, pool.submit(encoder.tokenize, sequences)))
-            if len(waiting) > 2:
-                yield from _collect(*waiting.popleft())
-        while waiting:
-            yield from _collect(*waiting.popleft())
+    """All rows in their order. While some are tokenized on all cores, the next are read and put into the template."""
+
+    def tokenize(made: list[Any]) -> list[TokenizedExample | BadRow]:
+        return encoder.tokenize([sequence for each in made if not isinstance(each, BadRow) for sequence in each])
+
+    with _templating(encoder, len(texts.judged.sides)) as (templating, workers), ThreadPoolExecutor(1) as tokenizing:
+        examples = (([waiting.example for waiting in batch], batch) for batch in _batches(texts))
+        templated = ((made, (batch, made)) for made, batch in _ahead(templating, _sequences, examples, workers + 1))
+        for results, (batch, made) in _ahead(tokenizing, tokenize, templated, 2):
+            tokens = iter(results)
+            for (number, row, example), each in zip(batch, made, strict=True):
+                if not isinstance(each, BadRow):
+                    parts = [next(tokens) for _ in each]
+                    bad = next((part for part in parts if isinstance(part, BadRow)), None)
+                    each = bad or [part for part in parts if isinstance(part, TokenizedExample)]
+                yield Encoded(number, row, example, each)
 
 
 class _Waiting(NamedTuple):
     number: int
     row: Row | None
     example: Example | BadRow
-    made: Any  # the encoder's sequences, or a BadRow
 
 
-def _batches(texts: Texts, encoder: Encoder) -> Iterator[list[_Waiting]]:
+def _batches(texts: Texts) -> Iterator[list[_Waiting]]:
     batch: list[_Waiting] = []
     size = 0
     for number, (row, example) in enumerate(texts.rows()):
         if reason := texts.judged.reasons.get(number):
-            made: Any = BadRow(example.origin, reason)
+            example = BadRow(example.origin, reason)
         else:
-            assert isinstance(example, TextExample | PromptExample | MessagesExample)
-            made = encoder.sequences(example)
-            if not isinstance(made, BadRow):
-                size += sum(len(piece.text) for sequence in made for piece in sequence.pieces)
-        batch.append(_Waiting(number, row, example, made))
+            assert not isinstance(example, BadRow)
+            size += sum(map(len, texts_of(example)))
+        batch.append(_Waiting(number, row, example))
         if size >= BATCH_CHARACTERS or len(batch) >= BATCH_EXAMPLES:
             yield batch
             batch, size = [], 0
@@ -131,15 +143,50 @@ def _batches(texts: Texts, encoder: Encoder) -> Iterator[list[_Waiting]]:
         yield batch
 
 
-def _collect(batch: list[_Waiting], tokenized: Future[list[TokenizedExample | BadRow]]) -> Iterator[Encoded]:
-    results = iter(tokenized.result())
-    for number, row, example, made in batch:
-        if isinstance(made, BadRow):
-            yield Encoded(number, row, example, made)
-            continue
-        parts = [next(results) for _ in made]
-        bad = next((part for part in parts if isinstance(part, BadRow)), None)
-        yield Encoded(number, row, example, bad or [part for part in parts if isinstance(part, TokenizedExample)])
+_encoder: Encoder | None = None
+"""Of `_sequences`: a process that is forked has it already."""
+
+
+def _sequences(examples: list[Trainable | BadRow]) -> list[Any]:
+    assert _encoder is not None
+    return [example if isinstance(example, BadRow) else _encoder.sequences(example) for example in examples]
+
+
+@contextmanager
+def _templating(encoder: Encoder, rows: int) -> Generator[tuple[Executor, int]]:
+    """Where `_sequences` is computed, and on how many cores: Jinja is Python, which uses one core a process. A process
+    that has to load all libraries anew, as on other systems than Linux, would take longer than it saves."""
+    global _encoder
+    _encoder = encoder
+    workers = min(len(os.sched_getaffinity(0)), MOST_PROCESSES) if sys.platform == "linux" else 1
+    if workers == 1 or rows < FEWEST_FOR_PROCESSES:
+        with ThreadPoolExecutor(1) as pool:
+            yield pool, 1
+        return
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _ignore_interrupts) as pool:
+        try:
+            yield pool, workers
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _ignore_interrupts() -> None:
+    """The process that started this one gets Ctrl-C as well, and says when to end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _ahead(
+    pool: Executor, function: Callable[[Any], Any], items: Iterable[tuple[Any, Any]], depth: int
+) -> Iterator[tuple[Any, Any]]:
+    """`function` of the first of each two `items`, with the second, in their order; computed up to `depth` ahead."""
+    waiting: deque[tuple[Future[Any], Any]] = deque()
+    for item, beside in items:
+        waiting.append((pool.submit(function, item), beside))
+        if len(waiting) > depth:
+            done, beside = waiting.popleft()
+            yield done.result(), beside
+    for done, beside in waiting:
+        yield done.result(), beside
 
 
 def _write_tokens(texts: Texts, encoder: Encoder, recipe: DataRecipe, folder: Path) -> None:

@@ -232,7 +232,7 @@ class DataFile:
         )
         if self.member is None:
             if not expand:
-                return self.path.open("rb")
+                return self.path.open("rb", CHUNK)  # between chunks, other threads may go on
             size, raw = self.path.stat().st_size, expand(self.path, "rb")
         else:
             archive = zipfile.ZipFile(self.path)

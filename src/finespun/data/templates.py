@@ -61,6 +61,13 @@ CHATML_TEMPLATE = (
 
 CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
 
+try:
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+except ImportError:  # it is not part of what transformers promises
+    _compile_jinja_template = None
+
+_PLAIN_KEYS = {"role", "content"}
+
 _THOUGHT = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
 
 
@@ -126,6 +133,7 @@ class Encoder:
             self._backend.no_padding()
         # Sentence-piece tokenizers put a space before a text that stands alone; inside an example it must not be there.
         self._anchors: dict[str, list[int]] = {}
+        self._template: tuple[Any, Any, dict[str, Any]] | None = None
         self._anchor = self._tokenize("\n")
         self._adds_space = self._decode(self._anchor + self._tokenize("x")) != "\nx"
         self._opening = self._find_opening()
@@ -199,10 +207,13 @@ class Encoder:
             for sequence, before in zip(sequences, anchors, strict=True)
             for piece, anchor in zip(sequence.pieces, before, strict=True)
         ]
-        tokenized = iter(self._tokenize_all(texts))
+        different = list(
+            dict.fromkeys(texts)
+        )  # rows often share their prompts, and all share what a template opens with
+        tokenized = dict(zip(different, self._tokenize_all(different), strict=True))
         ids = [
             [
-                self._behind(anchor, next(tokenized), piece.text)
+                self._behind(anchor, tokenized[anchor + piece.text], piece.text)
                 for piece, anchor in zip(sequence.pieces, before, strict=True)
             ]
             for sequence, before in zip(sequences, anchors, strict=True)
@@ -382,20 +393,32 @@ class Encoder:
     def _render(self, messages: Sequence[Message], tools: Tools | None, add_generation_prompt: bool = False) -> str:
         plain = [{key: value for key, value in message.items() if key != "weight"} for message in messages]
         try:
-            # in a list, since an empty conversation alone is refused
-            return str(
-                self.tokenizer.apply_chat_template(
-                    [plain],  # ty: ignore[invalid-argument-type]
-                    tools=tools,  # ty: ignore[invalid-argument-type]
-                    tokenize=False,
-                    add_generation_prompt=add_generation_prompt,
-                )[0]
-            )
+            return self._rendered(plain, tools, add_generation_prompt)
         except Exception as error:  # a template can raise anything that the expressions in it can
             roles = ", ".join(message["role"] for message in messages) or "nobody"
             raise DataError(
                 f"the chat template of this model does not take a conversation of {roles}: {error}"
             ) from None
+
+    def _rendered(self, messages: list[dict[str, Any]], tools: Tools | None, add_generation_prompt: bool) -> str:
+        if _compile_jinja_template is None or tools or any(message.keys() != _PLAIN_KEYS for message in messages):
+            # in a list, since an empty conversation alone is refused
+            return str(
+                self.tokenizer.apply_chat_template(
+                    [messages],
+                    tools=tools,  # ty: ignore[invalid-argument-type]
+                    tokenize=False,
+                    add_generation_prompt=add_generation_prompt,
+                )[0]
+            )
+        # The same without what is done around it for each conversation, which takes longer than the template itself.
+        chat_template = self.tokenizer.chat_template
+        if self._template is None or self._template[0] is not chat_template:
+            compiled = _compile_jinja_template(self.tokenizer.get_chat_template())
+            self._template = chat_template, compiled, {**compiled.globals, **self.tokenizer.special_tokens_map}
+        _, compiled, known = self._template
+        said = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
+        return "".join(compiled.root_render_func(compiled.new_context(known | said, shared=True)))
 
     def _nothing(self) -> list[int]:
         """An empty prompt still needs one token to continue from."""

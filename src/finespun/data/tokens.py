@@ -23,6 +23,9 @@ from numpy.typing import NDArray
 from finespun.data.readers import Origin
 from finespun.data.templates import TokenizedExample
 
+TOGETHER = 1024
+"""Examples that are written at once."""
+
 
 class Share(NamedTuple):
     """A source's part of a mixture: the range of its examples, and how many of them an epoch takes."""
@@ -45,24 +48,37 @@ class TokenWriter:
         self._ends, self._trained = array("q"), array("q")
         self._names: dict[str, int] = {}
         self._groups: list[int] = []
+        self._waiting: list[TokenizedExample] = []
 
     def begin_source(self) -> None:
         """The examples from here on come from the next source of the mixture."""
-        self._groups.append(len(self._ends))
+        self._groups.append(len(self._ends) + len(self._waiting))
 
     def add(self, examples: Sequence[TokenizedExample]) -> None:
-        """Appends `examples`."""
-        for example in examples:
-            end = self._ends[-1] if self._ends else 0
-            weights = example.loss_weights
-            runs = np.append(np.flatnonzero(weights[1:] != weights[:-1]) + 1, len(weights))
-            self._files["run_ends"].write((runs + end).astype(np.int64).tobytes())
-            self._files["run_weights"].write(weights[runs - 1].astype(np.float32).tobytes())
-            self._files["ids"].write(example.input_ids.astype(self._dtype).tobytes())
-            name = self._names.setdefault(example.origin.source, len(self._names))
-            self._files["origins"].write(np.array([name, example.origin.row], dtype=np.int64).tobytes())
-            self._ends.append(end + len(weights))
-            self._trained.append(example.trained_tokens)
+        """Appends `examples`, of at least one token each."""
+        self._waiting += examples
+        if len(self._waiting) >= TOGETHER:
+            self._write()
+
+    def _write(self) -> None:
+        examples, self._waiting = self._waiting, []
+        if not examples:
+            return
+        start = self._ends[-1] if self._ends else 0
+        ends = np.cumsum([len(example.input_ids) for example in examples])
+        weights = np.concatenate([example.loss_weights for example in examples])
+        runs = np.union1d(np.flatnonzero(weights[1:] != weights[:-1]) + 1, ends)
+        names = [self._names.setdefault(example.origin.source, len(self._names)) for example in examples]
+        rows = [example.origin.row for example in examples]
+        for name, numbers, dtype in (
+            ("ids", np.concatenate([example.input_ids for example in examples]), self._dtype),
+            ("run_ends", runs + start, np.int64),
+            ("run_weights", weights[runs - 1], np.float32),
+            ("origins", np.stack([names, rows], axis=1), np.int64),
+        ):
+            self._files[name].write(numbers.astype(dtype).tobytes())
+        self._ends.extend((ends + start).tolist())
+        self._trained.extend(np.add.reduceat(weights != 0, [0, *ends[:-1]], dtype=np.int64).tolist())
 
     def __enter__(self) -> Self:
         return self
@@ -70,6 +86,8 @@ class TokenWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if error is None:
+            self._write()
         for file in self._files.values():
             file.close()
         np.save(self._folder / "ends.npy", np.array(self._ends, dtype=np.int64))
