@@ -11,8 +11,9 @@ import json
 import lzma
 import random
 import sys
+import tracemalloc
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -341,3 +342,27 @@ def test_numbers_and_dates_of_a_spreadsheet_are_read_as_they_are_written(tmp_pat
     book.save(tmp_path / "t.xlsx")
     (row,) = DataFile(tmp_path / "t.xlsx", "t").rows()
     assert list(row.columns.values()) == ["1999", "2.5", "2026-11-25", True, "4.0"]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.csv"])
+def test_a_line_of_200_mb_is_refused_and_not_held(tmp_path: Path, name: str) -> None:
+    start, end = {"a.txt": ("", ""), "a.csv": ('text\n"', '"\n')}.get(name, ('{"text": "', '"}\n'))
+    with (tmp_path / name).open("w", encoding="utf-8") as file:
+        file.write(start)
+        for _ in range(200):
+            file.write("word " * 200_000)
+        file.write(end)
+    tracemalloc.start()
+    try:
+        with pytest.raises(DataError, match="longer than 64 MB"):
+            raise_bad(DataFile(tmp_path / name, name).rows())
+        held = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert held < 400e6
+
+
+def raise_bad(rows: Iterable[Row | BadRow]) -> None:
+    for row in rows:
+        if isinstance(row, BadRow):
+            raise DataError(str(row))
