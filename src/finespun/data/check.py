@@ -39,7 +39,7 @@ PLACES_KEPT = 50
 LANGUAGES_OF = 2_000
 """Rows of which the language is told, spread evenly: it takes longer than all else."""
 
-NEAR_DUPLICATES_OF = 400_000
+NEAR_DUPLICATES_OF = 200_000
 """Rows among which near-duplicates are looked for: they take 2 to 4 kB of memory each."""
 
 NGRAM = 13

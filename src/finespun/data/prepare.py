@@ -15,6 +15,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -107,9 +108,9 @@ def encoded(texts: Texts, encoder: Encoder) -> Iterator[Encoded]:
     def tokenize(made: list[Any]) -> list[TokenizedExample | BadRow]:
         return encoder.tokenize([sequence for each in made if not isinstance(each, BadRow) for sequence in each])
 
-    with _templating(encoder, len(texts.judged.sides)) as (templating, workers), ThreadPoolExecutor(1) as tokenizing:
+    with _templating(encoder, len(texts.judged.sides)) as (pool, template, depth), ThreadPoolExecutor(1) as tokenizing:
         examples = (([waiting.example for waiting in batch], batch) for batch in _batches(texts))
-        templated = ((made, (batch, made)) for made, batch in _ahead(templating, _sequences, examples, workers + 1))
+        templated = ((made, (batch, made)) for made, batch in _ahead(pool, template, examples, depth))
         for results, (batch, made) in _ahead(tokenizing, tokenize, templated, 2):
             tokens = iter(results)
             for (number, row, example), each in zip(batch, made, strict=True):
@@ -143,36 +144,41 @@ def _batches(texts: Texts) -> Iterator[list[_Waiting]]:
         yield batch
 
 
-_encoder: Encoder | None = None
-"""Of `_sequences`: a process that is forked has it already."""
-
-
-def _sequences(examples: list[Trainable | BadRow]) -> list[Any]:
-    assert _encoder is not None
-    return [example if isinstance(example, BadRow) else _encoder.sequences(example) for example in examples]
+_Template = Callable[[list[Trainable | BadRow]], list[Any]]
 
 
 @contextmanager
-def _templating(encoder: Encoder, rows: int) -> Generator[tuple[Executor, int]]:
-    """Where `_sequences` is computed, and on how many cores: Jinja is Python, which uses one core a process. A process
-    that has to load all libraries anew, as on other systems than Linux, would take longer than it saves."""
-    global _encoder
-    _encoder = encoder
+def _templating(encoder: Encoder, rows: int) -> Generator[tuple[Executor, _Template, int]]:
+    """Where examples are put into the chat template, by what, and how many batches ahead. Jinja is Python, which uses
+    one core a process. A process that has to load all libraries anew, as on other systems than Linux, would take longer
+    than it saves."""
     workers = min(len(os.sched_getaffinity(0)), MOST_PROCESSES) if sys.platform == "linux" else 1
     if workers == 1 or rows < FEWEST_FOR_PROCESSES:
         with ThreadPoolExecutor(1) as pool:
-            yield pool, 1
+            yield pool, partial(_sequences, encoder), 1
         return
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _ignore_interrupts) as pool:
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _begin_process, (encoder,)) as pool:
         try:
-            yield pool, workers
+            yield pool, _sequences_in_process, workers + 1
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-def _ignore_interrupts() -> None:
-    """The process that started this one gets Ctrl-C as well, and says when to end."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _sequences(encoder: Encoder, examples: list[Trainable | BadRow]) -> list[Any]:
+    return [example if isinstance(example, BadRow) else encoder.sequences(example) for example in examples]
+
+
+_process_encoder: Encoder
+
+
+def _begin_process(encoder: Encoder) -> None:
+    global _process_encoder
+    _process_encoder = encoder
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started this one says when to end
+
+
+def _sequences_in_process(examples: list[Trainable | BadRow]) -> list[Any]:
+    return _sequences(_process_encoder, examples)
 
 
 def _ahead(
