@@ -134,9 +134,11 @@ def test_a_long_prompt_that_all_share_makes_no_duplicates() -> None:
     assert kept.judged.count(TRAIN) == 8
 
 
-def test_what_cleaning_leaves_out_is_counted_and_not_looked_at() -> None:
+@pytest.mark.parametrize("tokens", [False, True])
+def test_what_cleaning_leaves_out_is_counted_and_not_looked_at(small_tokenizer, tokens: bool) -> None:
     items = [*HEALTHY, HEALTHY[0], pair("x", "secret@example.org is the address"), pair("y", 3)]
-    found = checked(items, clean=CleanRecipe(deduplicate="exact", drop_matching="secret"))
+    encoder = Encoder(small_tokenizer) if tokens else None
+    found = checked(items, encoder, clean=CleanRecipe(deduplicate="exact", drop_matching="secret"))
     assert rows(found) == {"rows that cannot be used": [15]}
     assert found.left_out == {"says the same as an earlier one": 1, "matches data.clean.drop_matching with": 1}
     assert found.train + found.held_out + sum(found.left_out.values()) + 1 == found.read == 15

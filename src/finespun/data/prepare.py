@@ -109,11 +109,11 @@ def encoded(texts: Texts, encoder: Encoder) -> Iterator[Encoded]:
         return encoder.tokenize([sequence for each in made if not isinstance(each, BadRow) for sequence in each])
 
     with _templating(encoder, len(texts.judged.sides)) as (pool, template, depth), ThreadPoolExecutor(1) as tokenizing:
-        examples = (([waiting.example for waiting in batch], batch) for batch in _batches(texts))
+        examples = (([waiting.kept for waiting in batch], batch) for batch in _batches(texts))
         templated = ((made, (batch, made)) for made, batch in _ahead(pool, template, examples, depth))
         for results, (batch, made) in _ahead(tokenizing, tokenize, templated, 2):
             tokens = iter(results)
-            for (number, row, example), each in zip(batch, made, strict=True):
+            for (number, row, example, _), each in zip(batch, made, strict=True):
                 if not isinstance(each, BadRow):
                     parts = [next(tokens) for _ in each]
                     bad = next((part for part in parts if isinstance(part, BadRow)), None)
@@ -125,18 +125,18 @@ class _Waiting(NamedTuple):
     number: int
     row: Row | None
     example: Example | BadRow
+    kept: Example | BadRow
 
 
 def _batches(texts: Texts) -> Iterator[list[_Waiting]]:
     batch: list[_Waiting] = []
     size = 0
     for number, (row, example) in enumerate(texts.rows()):
-        if reason := texts.judged.reasons.get(number):
-            example = BadRow(example.origin, reason)
-        else:
-            assert not isinstance(example, BadRow)
-            size += sum(map(len, texts_of(example)))
-        batch.append(_Waiting(number, row, example))
+        reason = texts.judged.reasons.get(number)
+        kept = BadRow(example.origin, reason) if reason else example
+        if not isinstance(kept, BadRow):
+            size += sum(map(len, texts_of(kept)))
+        batch.append(_Waiting(number, row, example, kept))
         if size >= BATCH_CHARACTERS or len(batch) >= BATCH_EXAMPLES:
             yield batch
             batch, size = [], 0
