@@ -1,6 +1,7 @@
 # make demo   fine-tune the default model on the fables that come with finespun and show the difference
 # make test   all tests but the slow ones; make test-slow runs those
 # make lint   formatting, lint and types
+# make benchmark NAME=data_preparation ARGS="--data train.jsonl"   one of benchmarks/, beside its peers
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -39,9 +40,10 @@ format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+benchmark: NAME ?= training_throughput
 benchmark: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt ".[benchmark]"
-	$(BIN)/python benchmarks/training_throughput.py $(ARGS)
+	$(BIN)/python benchmarks/$(NAME).py $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from transformers import PreTrainedModel
 
 from finespun.errors import ModelError
 from finespun.models.load import quiet_transformers
 from finespun.recipe import LoraRecipe
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+
 
 def add_lora(model: PreTrainedModel, recipe: LoraRecipe, new_tokens: Sequence[int] = ()) -> PeftModel:
     """`model` with a fresh LoRA adapter (Hu et al. 2021, arXiv:2106.09685), its own weights frozen. The update starts
     at zero; its random half comes from torch's global generator. The rows of `new_tokens` in embeddings and head are
     trained and saved with it. Raises `ModelError` for names it lacks."""
+    from peft import LoraConfig, TaskType, get_peft_model
+
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         r=recipe.rank,

@@ -6,6 +6,7 @@ cache, the package that carries it, and the Hugging Face hub (its local cache fi
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
 from dataclasses import dataclass
@@ -192,7 +193,13 @@ def check_package_file(path: Path, package: Package) -> None:
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, hexadecimal."""
+    """SHA-256 of a file's bytes, hexadecimal; of a file that has not changed since, computed once."""
+    status = path.stat()
+    return _sha256(path.absolute(), status.st_size, status.st_mtime_ns)
+
+
+@functools.cache
+def _sha256(path: Path, size: int, modified: int) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
