@@ -4,6 +4,7 @@ the next start of the same run finds again. Only a few rows are in memory at a t
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import multiprocessing
@@ -157,11 +158,13 @@ def _templating(encoder: Encoder, rows: int) -> Generator[tuple[Executor, _Templ
         with ThreadPoolExecutor(1) as pool:
             yield pool, partial(_sequences, encoder), 1
         return
+    gc.freeze()  # a process that is forked shares the memory of this one until something, such as gc, writes there
     with ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _begin_process, (encoder,)) as pool:
         try:
             yield pool, _sequences_in_process, workers + 1
         finally:
             pool.shutdown(cancel_futures=True)
+            gc.unfreeze()
 
 
 def _sequences(encoder: Encoder, examples: list[Trainable | BadRow]) -> list[Any]:

@@ -18,7 +18,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,6 +59,8 @@ CHATML_TEMPLATE = (
 )
 """ChatML, as OpenAI introduced it: https://github.com/openai/openai-python/blob/v0.28.1/chatml.md"""
 
+WORDS_REMEMBERED = 100_000
+
 CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
 
 try:
@@ -85,14 +87,12 @@ class TokenizedExample:
         return int(np.count_nonzero(self.loss_weights))
 
 
-@dataclass(frozen=True, slots=True)
-class _Piece:
+class _Piece(NamedTuple):
     text: str
     weight: float
 
 
-@dataclass(frozen=True, slots=True)
-class _Sequence:
+class _Sequence(NamedTuple):
     """What becomes one `TokenizedExample`. `begins_text`: its first piece gets what the tokenizer puts before a text;
     `ends_text`: EOS comes behind its last."""
 
@@ -126,11 +126,16 @@ class Encoder:
             )
         added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
         self._special = tuple(dict.fromkeys([*tokenizer.all_special_tokens, *added]))
+        longest_first = sorted(self._special, key=len, reverse=True)
+        self._any_special = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
         # The Rust tokenizer itself works on batches in parallel and spares what transformers wraps around each text.
         self._backend: Any = getattr(tokenizer, "backend_tokenizer", None)
         if self._backend is not None:
             self._backend.no_truncation()
             self._backend.no_padding()
+            # What it remembers of words is too little for a large text; not part of what tokenizers promises.
+            if resize := getattr(self._backend.model, "_resize_cache", None):
+                resize(WORDS_REMEMBERED)
         # Sentence-piece tokenizers put a space before a text that stands alone; inside an example it must not be there.
         self._anchors: dict[str, list[int]] = {}
         self._template: tuple[Any, Any, dict[str, Any]] | None = None
@@ -385,7 +390,7 @@ class Encoder:
             (f"the {message['role']}'s words contain", text) for message in messages for text in words_of([message])
         ]
         for where, text in [*said, *([("the tools contain", json.dumps(tools, ensure_ascii=False))] if tools else [])]:
-            if inside := [token for token in self._special if token in text]:
+            if inside := self._any_special.search(text):
                 raise DataError(
                     f"{where} {inside[0]!r}, which this model reads as the beginning or end of a turn; remove it."
                 )
@@ -513,11 +518,15 @@ def _leaves(value: Any) -> Iterator[Any]:
         yield value
 
 
-def _forms(leaf: Any) -> list[str]:
-    """How a template may write a value."""
+def _forms(leaf: Any) -> Iterator[str]:
+    """How a template may write a value, the most likely first."""
     if isinstance(leaf, str):
-        return [leaf, json.dumps(leaf, ensure_ascii=False)[1:-1], json.dumps(leaf)[1:-1]]
-    return [json.dumps(leaf), str(leaf)]
+        yield leaf
+        yield json.dumps(leaf, ensure_ascii=False)[1:-1]
+        yield json.dumps(leaf)[1:-1]
+    else:
+        yield json.dumps(leaf)
+        yield str(leaf)
 
 
 def _refuse_dropped(messages: Sequence[Message], tools: Tools | None, rendered: str) -> None:
@@ -529,7 +538,7 @@ def _refuse_dropped(messages: Sequence[Message], tools: Tools | None, rendered: 
         if message["role"] == "assistant" or not words:
             continue
         start = 0 if message["role"] == "system" else place
-        found = [(at, len(form)) for form in _forms(words) if (at := rendered.find(form, start)) >= 0]
+        found = next(((at, len(form)) for form in _forms(words) if (at := rendered.find(form, start)) >= 0), None)
         if not found and message["role"] == "tool":
             with contextlib.suppress(ValueError):
                 if all(any(form in rendered for form in _forms(leaf)) for leaf in _leaves(json.loads(words))):
@@ -540,7 +549,8 @@ def _refuse_dropped(messages: Sequence[Message], tools: Tools | None, rendered: 
                 "Use another data.chat_template, or another model."
             )
         if message["role"] != "system":
-            place = sum(min(found))
+            assert found is not None
+            place = sum(found)
     for tool in tools or []:
         name = tool["function"].get("name")
         if not isinstance(name, str) or name not in rendered:
