@@ -80,8 +80,7 @@ def finespun() -> Prepare:
     from transformers import AutoTokenizer
 
     from finespun.data.packing import micro_batches, pack, step_indices
-    from finespun.data.prepare import encode_texts
-    from finespun.data.templates import Encoder, resolve_prompt_format
+    from finespun.data.prepare import encode_texts, encoder_for
     from finespun.data.texts import read_texts
     from finespun.recipe import DataRecipe
     from finespun.training.schedule import MICRO_BATCH_TOKENS
@@ -92,8 +91,7 @@ def finespun() -> Prepare:
         os.environ["FINESPUN_CACHE"] = str(cache)
         recipe = DataRecipe(source=[str(file)], validation=0.0, max_length=MAX_LENGTH, too_long="cut")
         texts = read_texts(recipe)
-        prompt_format = resolve_prompt_format(tokenizer, texts.judged.shape, None)
-        train = encode_texts(texts, Encoder(tokenizer, prompt_format), recipe, MAX_LENGTH).train
+        train = encode_texts(texts, encoder_for(texts, tokenizer, recipe), recipe, MAX_LENGTH).train
         batch = [train[index] for index in next(step_indices(len(train), BATCH_SIZE, seed=0))]
         pack(micro_batches(batch, MICRO_BATCH_TOKENS)[0])
         return lambda: (len(train), int(train.lengths.sum()))

@@ -17,7 +17,7 @@ from conftest import SHARED, sentences
 from finespun import inspection
 from finespun.cli import main
 from finespun.data.readers import BadRow
-from finespun.errors import DataError
+from finespun.errors import DataError, ModelNotFound
 from finespun.recipe import DataRecipe, Recipe
 
 CHAT = [
@@ -206,3 +206,54 @@ def test_a_target_of_no_known_format_is_said(write_jsonl: Callable[..., Path], i
     ):
         inspection.select_rows(DataRecipe(source=[str(pool)]), [str(odd)], 1, Path("out.jsonl"))
     assert not Path("out.jsonl").exists()
+
+
+def test_a_pool_is_cleaned_as_told_and_what_is_passed_over_is_counted(
+    write_jsonl: Callable[..., Path], in_tmp: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"text": text} for text in sentences(12)]
+    pool = write_jsonl(*rows, {"text": 5}, {"text": "secret " + rows[0]["text"]}, name="pool.jsonl")
+    like = write_jsonl(*rows[:4], name="like.jsonl")
+    options = ["--like", str(like), "--keep", "10", "--data.clean.drop-matching", "secret"]
+    code, out, _ = run(capsys, "data", "select", str(pool), *options)
+    assert code == 0
+    assert "10 of 12 rows selected" in out
+    assert "2 rows of the pool cannot be used or are left out by its cleaning" in out
+    assert "secret" not in Path("selected.jsonl").read_text(encoding="utf-8")
+
+
+def test_without_the_default_model_texts_are_looked_at_alone_and_a_named_one_must_be_there(
+    write_jsonl: Callable[..., Path], in_tmp: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def nowhere(name: str, **options: object) -> None:
+        raise ModelNotFound(f"The model {name!r} was not found.")
+
+    monkeypatch.setattr("finespun.models.catalog.locate", nowhere)
+    path = write_jsonl(*[{"text": text} for text in sentences(12)])
+    code, out, _ = run(capsys, "data", "check", str(path))
+    assert code == 0
+    assert " characters, 100 % of them trained" in out
+    assert "smollm2-135m is not on this machine" in out
+    assert "Data check for" not in Path("data.check.html").read_text(encoding="utf-8")
+    code, _, err = run(capsys, "data", "check", str(path), "--model", "smollm2-135m")
+    assert code == 2
+    assert "was not found" in err
+
+
+def test_a_limit_beyond_the_context_is_refused_as_in_training(
+    tiny_folder: Path, write_jsonl: Callable[..., Path], in_tmp: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_jsonl(*[{"text": text} for text in sentences(12)])
+    code, _, err = run(capsys, "data", "check", str(path), "--model", str(tiny_folder), "--data.max-length", "500")
+    assert code == 2
+    assert "longer than the model's context of 128 tokens" in err
+
+
+def test_where_there_is_no_terminal_progress_is_lines(
+    tiny_folder: Path, write_jsonl: Callable[..., Path], in_tmp: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    monkeypatch.setattr("finespun.training.progress.Reporter.LINE_EVERY", 0.0)
+    path = write_jsonl(*[{"text": text} for text in sentences(12)])
+    command = ["data", "check", str(path), "--model", str(tiny_folder)]
+    assert "checking: 0 of 12 rows" in run(capsys, *command)[2]
+    assert run(capsys, *command, "--quiet")[1:] == ("", "")

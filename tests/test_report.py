@@ -344,7 +344,7 @@ def test_the_page_of_a_check_is_drawn_and_texts_cannot_inject(tmp_path: Path) ->
     recipe = DataRecipe(validation=0.1, on_bad_row="skip")
     check = check_texts(read_texts(recipe, [*items, {"prompt": ALERT, "completion": 5}, *items[:3]]))
     page = tmp_path / "check.html"
-    write_check(check, page, f"data {BREAKOUT}", None)
+    write_check(check, page, f"data {BREAKOUT}", "m")
     source = page.read_text(encoding="utf-8")
     assert ALERT not in source
     assert "<img" not in source

@@ -1,22 +1,49 @@
-"""Files that are there whole or not at all: written under a temporary name, flushed to disk, renamed."""
+"""Files that are there whole or not at all: written under a temporary name, flushed to disk, renamed; and the cache in
+which finespun keeps some."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import os
 import shutil
+import time
 from collections.abc import Generator
 from pathlib import Path
+from typing import Any
 
 from platformdirs import user_cache_path
 
 from finespun.errors import RunError
+
+CACHE_DAYS = 30
+"""What is kept of data and no run has used for so long is deleted."""
 
 
 def cache_folder() -> Path:
     """finespun's own cache: `FINESPUN_CACHE`, or the user's cache folder of the system."""
     own = os.environ.get("FINESPUN_CACHE")
     return Path(own) if own else user_cache_path("finespun")
+
+
+def data_cache() -> Path:
+    """The part of the cache for what was found out about data: judged rows, token ids, checks, measures before a
+    training."""
+    return cache_folder() / "data"
+
+
+def forget_old(cache: Path) -> None:
+    """Deletes what is in the folder `cache` and was not used for `CACHE_DAYS`."""
+    limit = time.time() - CACHE_DAYS * 24 * 3600
+    for entry in cache.iterdir() if cache.is_dir() else ():
+        if entry.stat().st_mtime < limit:
+            shutil.rmtree(entry, ignore_errors=True) if entry.is_dir() else entry.unlink(missing_ok=True)
+
+
+def hash_of(parts: Any) -> str:
+    """A name for what depends on `parts`, which JSON can hold."""
+    return hashlib.sha256(json.dumps(parts, default=str, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def write_text(path: Path, text: str) -> None:

@@ -18,13 +18,13 @@ import torch
 
 from finespun.data.check import changed_since_check
 from finespun.data.formats import Asked, prompt_of
-from finespun.data.prepare import Tokens, encode_texts
+from finespun.data.prepare import Tokens, encode_texts, encoder_for
 from finespun.data.sources import Items, MemoryRows, read_standard_input, to_jsonl
-from finespun.data.templates import Encoder, TokenizedExample, resolve_prompt_format
-from finespun.data.texts import HELD_OUT, Texts, data_cache, forget_old, hash_of, read_texts
+from finespun.data.templates import Encoder, TokenizedExample
+from finespun.data.texts import HELD_OUT, Texts, read_texts
 from finespun.errors import DataError, RunError, TrainingInterrupted
 from finespun.evaluation.perplexity import perplexity, perplexity_ratio
-from finespun.files import copy_file, write_text
+from finespun.files import copy_file, data_cache, forget_old, hash_of, write_text
 from finespun.generation.engine import generate
 from finespun.generation.settings import Sampling
 from finespun.models.adapters import add_lora, merge
@@ -127,12 +127,8 @@ def _prepare(recipe: Recipe, texts: Texts, reporter: Reporter) -> _Prepared:
     once = " (converted once, about a minute)" if location.kind == "package" else ""
     reporter.say(f"Loading {recipe.model} from {location.path}{once}")
     loaded = load_model(recipe.model, precision="float32")
-    data = recipe.data
-    data.prompt_format = resolve_prompt_format(
-        loaded.tokenizer, texts.judged.shape, data.prompt_format, data.chat_template, texts.judged.thoughts
-    )
+    encoder = encoder_for(texts, loaded.tokenizer, recipe.data)
     new_tokens = grow_vocabulary(loaded)
-    encoder = Encoder(loaded.tokenizer, data.prompt_format, data.train_on)
     tokens = encode_texts(texts, encoder, recipe.data, loaded.context_length)
     parameters = loaded.causal_lm.num_parameters()
     weights = [weights_sha256(path) for path in (loaded.base_path, *([location.path] if loaded.has_adapter else []))]

@@ -11,22 +11,14 @@ from itertools import islice
 from pathlib import Path
 
 from finespun.data.check import Check, check_texts, remember
-from finespun.data.formats import ExampleReader, prompt_and_answer
-from finespun.data.prepare import LONGEST_DEFAULT, encoded
+from finespun.data.formats import prompt_and_answer
+from finespun.data.prepare import encoded, encoder_for, settle_lengths
 from finespun.data.readers import BadRow, Origin, Row
 from finespun.data.selection import Selection, select
-from finespun.data.sources import (
-    ERRORS_SHOWN,
-    absolute,
-    open_sources,
-    raise_all,
-    read_standard_input,
-    rows_of,
-    to_jsonl,
-)
-from finespun.data.templates import Encoder, resolve_prompt_format
-from finespun.data.texts import Texts, read_texts
-from finespun.errors import DataError
+from finespun.data.sources import read_standard_input, to_jsonl
+from finespun.data.templates import Encoder
+from finespun.data.texts import LEFT_OUT, Texts, read_texts
+from finespun.errors import DataError, ModelNotFound
 from finespun.files import write_text
 from finespun.recipe import DataRecipe, Recipe
 
@@ -42,22 +34,30 @@ class ShownExample:
     pieces: list[tuple[str, float]]
 
 
-def check(recipe: Recipe, tokens: bool = True, on_row: Callable[[int, int], None] = lambda done, of: None) -> Check:
-    """Looks through all data of `recipe`, as it would be trained with its model, or without `tokens` at the texts
-    alone. The state of the files is remembered, so that a later run says if they have changed. `on_row` is called with
-    the rows looked at so far and their number. Raises `DataError` for what cannot be read, `ModelNotFound` and
-    `ModelError`."""
+def check(recipe: Recipe, on_row: Callable[[int, int], None] = lambda done, of: None) -> Check:
+    """Looks through all data of `recipe`, as it would be trained with its model. Where the recipe names none, and the
+    default one is not on this machine, the texts alone are looked at, and the check says so. The state of the files is
+    remembered, so that a later run says if they have changed. `on_row` is called with the rows looked at so far and
+    their number. Raises `DataError` for what cannot be read, `ModelNotFound` and `ModelError`."""
+    from finespun.models.catalog import locate
+
     recipe = recipe.model_copy(deep=True)
     data = recipe.data
     data.on_bad_row = "skip"
     texts = _read(data)
-    encoder, max_length = None, None
-    if tokens and texts.judged.shape not in ("preference", "rated"):
-        encoder, context = _encoder(recipe, texts)
-        max_length = data.max_length or min(context, LONGEST_DEFAULT)
-    refused = data.too_long == "refuse" or (data.too_long is None and texts.judged.shape != "text")
+    encoder, remarks = None, []
+    if texts.judged.shape not in ("preference", "rated"):
+        try:
+            locate(recipe.model, download="model" in recipe.model_fields_set)
+            encoder, context = _encoder(recipe, texts)
+            settle_lengths(texts, data, context)
+        except ModelNotFound:
+            if "model" in recipe.model_fields_set:
+                raise
+            remarks = [f"{recipe.model} is not on this machine; name a model to count its tokens."]
     total = len(texts.judged.sides)
-    found = check_texts(texts, encoder, max_length, refused, lambda done: on_row(done, total))
+    found = check_texts(texts, encoder, data.max_length, data.too_long == "refuse", lambda done: on_row(done, total))
+    found.remarks += remarks
     remember(found.files)
     return found
 
@@ -88,52 +88,35 @@ def show(recipe: Recipe, count: int = 3, row: int | None = None) -> Iterator[Sho
         raise DataError(f"There is no row {row}; the data has {len(texts.judged.sides):,} rows.")
 
 
-def select_rows(pool: DataRecipe, like: Sequence[str], keep: int, out: Path, seed: int = 0) -> Selection:
+def select_rows(pool: DataRecipe, like: Sequence[str], keep: int, out: Path, seed: int = 0) -> tuple[Selection, int]:
     """Writes to `out`, as JSONL, the `keep` rows of `pool` that are most like the texts of the sources `like`, the most
-    important first; see `finespun.data.selection`. Raises `DataError` and `RunError`."""
+    important first; see `finespun.data.selection`. Also returns how many rows of the pool could not be used, or were
+    left out by its cleaning. Raises `DataError` and `RunError`."""
     if out.exists():
         raise DataError(f"{out}: is there already. Choose another --out, or remove it.")
-    texts = _Pool(pool.model_copy(update={"source": absolute(pool.source or [])}))
-    target = _Pool(DataRecipe(source=absolute(like)))
-    for side in (target, texts):
-        side.refuse_unusable()
+    texts, target = _Kept(pool), _Kept(DataRecipe(source=list(like)))
     selection = select(texts, target, keep, seed)
     chosen = set(selection.indices)
-    rows = {number: row.columns for number, (row, _) in enumerate(texts.usable()) if number in chosen}
+    rows = {number: row.columns for number, (row, _) in enumerate(texts.rows()) if number in chosen}
     out.parent.mkdir(parents=True, exist_ok=True)
     write_text(out, to_jsonl([rows[number] for number in selection.indices]))
-    return selection
+    return selection, texts.left_out
 
 
-class _Pool:
-    """The texts of sources, read again each time: of prompts with answers both. Rows that cannot be used are passed
-    over."""
+class _Kept:
+    """The texts of data that can be used and pass its cleaning, read again each time: of prompts with answers both."""
 
-    def __init__(self, recipe: DataRecipe) -> None:
-        self._sources = open_sources(recipe.source or [], recipe.encoding, recipe.documents)
-        template = recipe.template.model_dump(exclude_none=True) if recipe.template else None
-        self._reader = ExampleReader(recipe.format, recipe.columns, template)
+    def __init__(self, data: DataRecipe) -> None:
+        self._texts = _read(data.model_copy(update={"on_bad_row": "skip", "validation": 0.0}))
+        self.left_out = self._texts.judged.count(LEFT_OUT)
 
-    def refuse_unusable(self) -> None:
-        """Raises `DataError` where not one row can be used, with the reasons of the first ones."""
-        faults: list[str] = []
-        for source in self._sources:
-            for row in rows_of(source):
-                read = row if isinstance(row, BadRow) else self._reader.read(row)
-                if not isinstance(read, BadRow):
-                    return
-                if len(faults) < ERRORS_SHOWN:
-                    faults.append(str(read))
-        raise_all(faults, headline="Not one row can be used:")
-
-    def usable(self) -> Iterator[tuple[Row, str]]:
-        for source in self._sources:
-            for row in rows_of(source):
-                if not isinstance(row, BadRow) and not isinstance(example := self._reader.read(row), BadRow):
-                    yield row, "\n".join(filter(None, prompt_and_answer(example)))
+    def rows(self) -> Iterator[tuple[Row, str]]:
+        for number, (row, example) in enumerate(self._texts.rows()):
+            if row is not None and not isinstance(example, BadRow) and self._texts.judged.sides[number] != LEFT_OUT:
+                yield row, "\n".join(filter(None, prompt_and_answer(example)))
 
     def __iter__(self) -> Iterator[str]:
-        return (text for _, text in self.usable())
+        return (text for _, text in self.rows())
 
 
 def _read(data: DataRecipe) -> Texts:
@@ -145,9 +128,5 @@ def _encoder(recipe: Recipe, texts: Texts) -> tuple[Encoder, int]:
     """How the recipe's model is prompted, and its context length."""
     from finespun.models.load import load_tokenizer
 
-    data = recipe.data
     tokenizer, context = load_tokenizer(recipe.model)
-    prompt_format = resolve_prompt_format(
-        tokenizer, texts.judged.shape, data.prompt_format, data.chat_template, texts.judged.thoughts
-    )
-    return Encoder(tokenizer, prompt_format, data.train_on), context
+    return encoder_for(texts, tokenizer, recipe.data), context

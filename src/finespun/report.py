@@ -44,13 +44,13 @@ def write_report(folder: RunFolder) -> None:
     _write_page(folder.report, "report.html.j2", _view(folder))
 
 
-def write_check(check: Check, page: Path, name: str, model: str | None) -> None:
+def write_check(check: Check, page: Path, name: str, model: str) -> None:
     """Writes the page of a check of the data called `name`, for the tokens of `model` where they were counted. Raises
     `RunError` where the disk does not take it."""
     lengths = check.lengths
     view = {
         "name": name,
-        "model": model,
+        "model": model if lengths and lengths.unit == "tokens" else None,
         "checked": _date(datetime.now().astimezone().isoformat()),
         "check": check,
         "verdict": _verdict(check),
@@ -99,8 +99,8 @@ def check_lines(check: Check, places: int = 3) -> list[str]:
     return [*lines, "", _verdict(check)]
 
 
-def selection_lines(selection: Selection, keep: int) -> list[str]:
-    """What a selection changed, for a terminal."""
+def selection_lines(selection: Selection, keep: int, left_out: int) -> list[str]:
+    """What a selection changed, for a terminal; `left_out` rows of the pool were not looked at."""
     before, chance, after = (
         f"{value:.3f}"
         for value in (selection.divergence_before, selection.divergence_random, selection.divergence_after)
@@ -111,6 +111,8 @@ def selection_lines(selection: Selection, keep: int) -> list[str]:
         f"Distance from the target (KL divergence, nats): {before} for the whole pool, {chance} for as many "
         f"rows taken at random, {after} for the selection",
     ]
+    if left_out:
+        lines.append(f"{_count(left_out)} rows of the pool cannot be used or are left out by its cleaning")
     if len(selection) < keep:
         lines.insert(1, f"That is fewer than the {_count(keep)} asked for: nothing else is left that differs.")
     for what, moved in (("More frequent", selection.gained), ("Less frequent", selection.lost)):

@@ -13,7 +13,7 @@ import finespun
 from finespun.errors import ModelError, ModelNotFound
 from finespun.models import catalog
 from finespun.models.catalog import KNOWN_MODELS, locate, package_file
-from finespun.models.load import load_model, save_model
+from finespun.models.load import load_model, load_tokenizer, save_model
 
 PACKAGE = KNOWN_MODELS["smollm2-135m"].package
 
@@ -102,6 +102,20 @@ def test_an_adapter_on_other_weights_than_its_own_is_refused(tiny_folder: Path, 
     other.model.save_pretrained("base")
     with pytest.raises(ModelError, match="trained on other weights"):
         finespun.load(run.path)
+
+
+def test_a_tokenizer_without_its_weights_is_that_of_the_model(tiny_folder: Path, in_tmp: Path) -> None:
+    """Also beside an adapter, where the context is that of the model below it."""
+    model = finespun.load(tiny_folder)
+    model.finetune(["the old ferryman"] * 4 + ["rowed over"], method="lora", max_steps=1, out="lora", quiet=True)
+    for name in (str(tiny_folder), "lora"):
+        tokenizer, context = load_tokenizer(name)
+        loaded = load_model(name, "float32", torch.device("cpu"))
+        assert context == loaded.context_length == 128
+        assert tokenizer.get_vocab() == loaded.tokenizer.get_vocab()
+        assert tokenizer.chat_template == loaded.tokenizer.chat_template
+    with pytest.raises(ModelNotFound):
+        load_tokenizer("no-such-model-anywhere")
 
 
 def test_a_saved_model_stops_where_ours_does_and_says_in_which_precision_it_was_trained(tiny, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from cyclopts import App, Parameter
 
-from finespun.errors import ModelNotFound, RecipeError
+from finespun.errors import RecipeError
 from finespun.recipe import DataRecipe, Recipe
 
 app = App(name="data", help="Look at data before a run: check it, show what is trained, select from it.")
@@ -44,29 +44,19 @@ def check(
     quiet
         Print nothing but errors.
     """
-    recipe, named = _recipe(files, model, data)
+    recipe = _recipe(files, model, data)
 
     from finespun import inspection
-    from finespun.models.catalog import locate
     from finespun.report import check_lines, write_check
     from finespun.training.progress import Reporter
 
-    reporter = Reporter(quiet)
-    tokens = True
-    if not named:
-        try:
-            locate(recipe.model, download=False)
-        except ModelNotFound:
-            tokens = False
-            reporter.say(f"{recipe.model} is not on this machine; --model says whose tokens to count.")
-    with reporter.counting("checking", "rows") as on_row:
-        found = inspection.check(recipe, tokens, on_row)
+    with Reporter(quiet).counting("checking", "rows") as on_row:
+        found = inspection.check(recipe, on_row)
     name = Path(files[0]).name if files[0] != "-" else "standard input"
     page = page or Path(f"{Path(name).stem}.check.html")
-    write_check(found, page, name, recipe.model if tokens else None)
-    for line in check_lines(found):
-        reporter.print(line)
-    reporter.print(f"Page: {page}")
+    write_check(found, page, name, recipe.model)
+    if not quiet:
+        print(*check_lines(found), f"Page: {page}", sep="\n")
     if found.stops:
         sys.exit(1)
 
@@ -98,7 +88,7 @@ def show(
     row
         Show the row with this number instead.
     """
-    recipe, _ = _recipe(files, model, data)
+    recipe = _recipe(files, model, data)
 
     from rich.console import Console
     from rich.text import Text
@@ -155,26 +145,24 @@ def select(
     seed
         Of the noise that keeps the selection as varied as the target is.
     """
-    given = data.model_dump(exclude_unset=True) if data else {}
-    recipe = Recipe.parse({"data": {**given, "source": list(pool)}})
+    recipe = _recipe(pool, None, data)
 
     from finespun import inspection
     from finespun.report import selection_lines
 
     out = out or Path("selected.jsonl")
-    for line in selection_lines(inspection.select_rows(recipe.data, like, keep, out, seed), keep):
-        print(line)
-    print(f"Written: {out}")
+    selection, left_out = inspection.select_rows(recipe.data, like, keep, out, seed)
+    print(*selection_lines(selection, keep, left_out), f"Written: {out}", sep="\n")
 
 
-def _recipe(files: list[str], model: str | None, data: DataRecipe | None) -> tuple[Recipe, bool]:
-    """The recipe that the options say, and whether they name a model."""
+def _recipe(files: list[str], model: str | None, data: DataRecipe | None) -> Recipe:
+    """The recipe that the options say."""
     given: dict = {"data": data.model_dump(exclude_unset=True)} if data else {}
     if model:
         given["model"] = model
     if files[0].lower().endswith((".yaml", ".yml")):
         if len(files) > 1:
             raise RecipeError(f"{files[0]}: a recipe names its data; give it alone.")
-        return Recipe.load(files[0], given), True
+        return Recipe.load(files[0], given)
     given.setdefault("data", {})["source"] = list(files)
-    return Recipe.parse(given), bool(model)
+    return Recipe.parse(given)

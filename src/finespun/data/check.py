@@ -6,11 +6,12 @@ A row stays where it is: what is found is said, with the setting that acts on it
 from __future__ import annotations
 
 import json
+import time
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
@@ -30,8 +31,8 @@ from finespun.data.quality import (
 )
 from finespun.data.readers import BadRow, Origin
 from finespun.data.templates import Encoder
-from finespun.data.texts import HELD_OUT, LEFT_OUT, TRAIN, Texts, data_cache, hash_of, kind_of
-from finespun.files import write_text
+from finespun.data.texts import HELD_OUT, LEFT_OUT, TRAIN, Texts, kind_of
+from finespun.files import CACHE_DAYS, data_cache, write_text
 
 PLACES_KEPT = 50
 """Rows of each finding that are named; the others are counted."""
@@ -320,27 +321,30 @@ class _Look:
 
 def remember(files: dict[str, str]) -> None:
     """Writes down which state of `files`, by their paths, was checked."""
-    when = datetime.now(UTC).isoformat(timespec="seconds")
-    for path, digest in files.items():
-        place = _record(path)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        write_text(place, json.dumps({"path": path, "sha256": digest, "when": when}))
+    place = _record()
+    now = time.time()
+    known = {path: seen for path, seen in _remembered().items() if seen[1] > now - CACHE_DAYS * 24 * 3600}
+    place.parent.mkdir(parents=True, exist_ok=True)
+    write_text(place, json.dumps(known | {path: (digest, now) for path, digest in files.items()}))
 
 
 def changed_since_check(files: dict[str, str]) -> list[str]:
     """A line for each of `files` that was another one when it was last checked; none for those that never were."""
-    lines = []
-    for path, digest in files.items():
-        if (place := _record(path)).is_file():
-            record = json.loads(place.read_text(encoding="utf-8"))
-            if record["sha256"] != digest:
-                day = datetime.fromisoformat(record["when"]).astimezone()
-                lines.append(f"{path} has changed since it was checked ({day:%Y-%m-%d %H:%M}): check it again")
-    return lines
+    known = _remembered()
+    changed = {path: known[path][1] for path, digest in files.items() if path in known and known[path][0] != digest}
+    return [
+        f"{path} has changed since it was checked ({datetime.fromtimestamp(when):%Y-%m-%d %H:%M}): check it again"
+        for path, when in changed.items()
+    ]
 
 
-def _record(path: str) -> Path:
-    return data_cache() / "checks" / f"{hash_of(path)}.json"
+def _record() -> Path:
+    return data_cache() / "checked.json"
+
+
+def _remembered() -> dict[str, tuple[str, float]]:
+    """For each file that was checked its SHA-256 then, and when that was."""
+    return json.loads(_record().read_text(encoding="utf-8")) if _record().is_file() else {}
 
 
 def _masked(piece: str) -> str:

@@ -20,14 +20,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from transformers import PreTrainedTokenizerBase
+
 from finespun.data.formats import Example, Trainable, texts_of
 from finespun.data.readers import BadRow, Row
 from finespun.data.sources import ERRORS_SHOWN, Source, raise_all
-from finespun.data.templates import Encoder, LengthLimit, TokenizedExample
-from finespun.data.texts import CACHE_VERSION, HELD_OUT, LEFT_OUT, TRAIN, Texts, data_cache, forget_old, hash_of
+from finespun.data.templates import Encoder, LengthLimit, TokenizedExample, resolve_prompt_format
+from finespun.data.texts import HELD_OUT, LEFT_OUT, MADE_BY, TRAIN, Texts
 from finespun.data.tokens import Share, TokenStore, TokenWriter
 from finespun.errors import DataError
-from finespun.files import new_folder
+from finespun.files import data_cache, forget_old, hash_of, new_folder
 from finespun.recipe import DataRecipe
 
 LONGEST_DEFAULT = 2048
@@ -55,23 +57,38 @@ class Tokens:
     folder: Path
 
 
-def encode_texts(texts: Texts, encoder: Encoder, recipe: DataRecipe, context: int) -> Tokens:
-    """Token ids of all examples within the limit, which is settled in `recipe`: the model's `context`, at most 2048
-    tokens, where it does not say. They are kept for the next start of the same run. Raises `DataError` for a limit
-    beyond the context, for examples beyond the limit unless `recipe` says what to do with them, for such as the chat
-    template cannot show, and where nothing is left to train."""
+def encoder_for(texts: Texts, tokenizer: PreTrainedTokenizerBase, recipe: DataRecipe) -> Encoder:
+    """How a model with `tokenizer` is prompted with `texts`, which is settled in `recipe` and left in the tokenizer's
+    chat template. Raises `DataError` for what does not go together, `ModelError` for a tokenizer without an end."""
+    judged = texts.judged
+    recipe.prompt_format = resolve_prompt_format(
+        tokenizer, judged.shape, recipe.prompt_format, recipe.chat_template, judged.thoughts
+    )
+    return Encoder(tokenizer, recipe.prompt_format, recipe.train_on)
+
+
+def settle_lengths(texts: Texts, recipe: DataRecipe, context: int) -> None:
+    """Settles in `recipe` the longest example, where it does not say the model's `context`, at most 2048 tokens, and
+    what happens to longer ones. Raises `DataError` for a limit beyond the context and for what does not go together."""
+    shape = texts.judged.shape
     recipe.max_length = recipe.max_length or min(context, LONGEST_DEFAULT)
-    recipe.too_long = recipe.too_long or ("split" if texts.judged.shape == "text" else "refuse")
+    recipe.too_long = recipe.too_long or ("split" if shape == "text" else "refuse")
     if recipe.max_length > context:
         raise DataError(f"data.max_length {recipe.max_length} is longer than the model's context of {context} tokens.")
-    shape = texts.judged.shape
     if recipe.too_long == "split" and shape != "text":
         raise DataError(
             f"data.too_long split is for texts; the data has the shape {shape}. Choose refuse, cut or skip."
         )
     if recipe.overlap >= recipe.max_length - 1:
         raise DataError(f"data.overlap {recipe.overlap} leaves nothing new in {recipe.max_length} tokens.")
-    if shape in ("preference", "rated"):
+
+
+def encode_texts(texts: Texts, encoder: Encoder, recipe: DataRecipe, context: int) -> Tokens:
+    """Token ids of all examples within the limit, which is settled in `recipe`. They are kept for the next start of the
+    same run. Raises `DataError` as `settle_lengths` does, for examples beyond the limit unless `recipe` says what to do
+    with them, for such as the chat template cannot show, and where nothing is left to train."""
+    settle_lengths(texts, recipe, context)
+    if texts.judged.shape in ("preference", "rated"):
         raise DataError(
             f"The data is {texts.judged.format} data, which fine-tuning on answers does not take. To train on its good "
             "answers alone, make prompt and completion of its columns with data.template."
@@ -311,7 +328,7 @@ def _key(texts: Texts, encoder: Encoder, recipe: DataRecipe) -> str:
     vocabulary = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
     return hash_of(
         [
-            CACHE_VERSION,
+            MADE_BY,
             texts.files,
             [part.shown for source in (*texts.sources, *texts.held_out_sources) for part in source.parts],
             texts.judged.starts,

@@ -262,7 +262,12 @@ def _parts(name: str, encoding: str | None, documents: Documents | None) -> list
     elif _exists(name):
         found = [path]
     elif archive := next(
-        (parent for parent in path.parents if parent.suffix.lower() == ".zip" and _exists(str(parent))), None
+        (
+            parent
+            for parent in path.parents
+            if parent.suffix.lower() == ".zip" and _exists(str(parent)) and parent.is_file()
+        ),
+        None,
     ):
         pattern = path.relative_to(archive).as_posix()
         held = _members(archive)

@@ -6,17 +6,14 @@ kept of each row, and found again at the next start with the same data.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
-import shutil
-import time
 from array import array
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,7 +34,7 @@ from finespun.data.sources import (
 )
 from finespun.data.split import content_hash, hold_out, key_hash
 from finespun.errors import DataError
-from finespun.files import cache_folder, new_folder
+from finespun.files import data_cache, forget_old, hash_of, new_folder
 from finespun.recipe import CleanRecipe, DataRecipe, TemplateRecipe
 
 VALIDATION_SHARE = 0.1
@@ -47,12 +44,9 @@ VALIDATION_EXAMPLES = 200
 LEFT_OUT, TRAIN, HELD_OUT = range(3)
 """What becomes of a row."""
 
-CACHE_VERSION = 2
-"""Part of the name under which judged rows and token ids are kept: to be raised with each change of how they are
-made."""
-
-CACHE_DAYS = 30
-"""What is kept and no run has used for so long is deleted."""
+MADE_BY = f"{version('finespun')}, 2"
+"""Part of the name under which judged rows and token ids are kept, so that each version makes its own. The number is to
+be raised with each change of how they are made."""
 
 
 class Places:
@@ -148,10 +142,18 @@ class Texts:
     held_out_sources: list[Source]
     reader: ExampleReader
     judged: Judged
-    how: list[str] = field(default_factory=list)
-    """How the data was read, in lines for a person."""
-    notes: list[str] = field(default_factory=list)
-    """What a person should know of it before training."""
+    choices: list[str]
+    """How files were read where there was a choice, in lines for a person."""
+
+    @property
+    def how(self) -> list[str]:
+        """What was read and how, in lines for a person."""
+        return [_read_line(self), *self.choices]
+
+    @property
+    def notes(self) -> list[str]:
+        """What a person should know of it before training."""
+        return _notes(self)
 
     @property
     def files(self) -> dict[str, str]:
@@ -197,28 +199,7 @@ def read_texts(recipe: DataRecipe, items: Items | None = None) -> Texts:
     judged, how = Judged.load(folder), json.loads((folder / "how.json").read_text(encoding="utf-8"))
     if not held:
         recipe.validation = judged.validation
-    texts = Texts(recipe, sources, held, reader, judged)
-    texts.how = [_read_line(texts), *how]
-    texts.notes = _notes(texts)
-    return texts
-
-
-def data_cache() -> Path:
-    """Where judged rows and token ids are kept."""
-    return cache_folder() / "data"
-
-
-def forget_old(cache: Path) -> None:
-    """Deletes what is in `cache` and was not used for long."""
-    limit = time.time() - CACHE_DAYS * 24 * 3600
-    for entry in cache.iterdir() if cache.is_dir() else ():
-        if entry.stat().st_mtime < limit:
-            shutil.rmtree(entry, ignore_errors=True) if entry.is_dir() else entry.unlink(missing_ok=True)
-
-
-def hash_of(parts: Any) -> str:
-    """A name for what depends on `parts`, which JSON can hold."""
-    return hashlib.sha256(json.dumps(parts, default=str, sort_keys=True).encode()).hexdigest()[:32]
+    return Texts(recipe, sources, held, reader, judged, how)
 
 
 def _hashes(sources: list[Source]) -> dict[str, str]:
@@ -234,18 +215,8 @@ def _hashes(sources: list[Source]) -> dict[str, str]:
 def _key(sources: list[Source], held: list[Source], recipe: DataRecipe) -> str:
     """A hash of all that a judgement depends on: data, its names in messages, settings."""
     files = [[[part.shown for part in source.parts] for source in side] for side in (sources, held)]
-    settings = (
-        "format",
-        "columns",
-        "template",
-        "encoding",
-        "documents",
-        "on_bad_row",
-        "clean",
-        "group_by",
-        "validation",
-    )
-    return hash_of([CACHE_VERSION, files, _hashes(sources), _hashes(held), recipe.model_dump(include=set(settings))])
+    of_tokens = {"source", "prompt_format", "chat_template", "train_on", "max_length", "too_long", "overlap"}
+    return hash_of([MADE_BY, files, _hashes(sources), _hashes(held), recipe.model_dump(exclude=of_tokens)])
 
 
 def _settle_sources(recipe: DataRecipe) -> None:
@@ -328,6 +299,8 @@ def _judge(recipe: DataRecipe, sources: list[Source], held: list[Source], reader
             sides[number] = LEFT_OUT
     kept = sides == TRAIN
     if not kept.any():
+        if bad >= trained_rows:
+            raise_all(faults, count=bad, headline="Not one row can be used:")
         raise DataError(
             f"Nothing is left to train: all {trained_rows} rows were left out, the first since it {reasons[0]}"
         )

@@ -30,11 +30,6 @@ class Reporter:
         """One line (or more) for the person."""
         self._console.print(text, markup=False)
 
-    def print(self, text: str) -> None:
-        """One line of what a command was asked for: to stdout."""
-        if not self._console.quiet:
-            print(text)
-
     @contextmanager
     def counting(self, doing: str, what: str) -> Generator[Callable[[int, int], None]]:
         """Inside, follows work of known size through the function that it gives: done, and of how many."""
