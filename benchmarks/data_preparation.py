@@ -83,7 +83,6 @@ def finespun() -> Prepare:
     from finespun.data.prepare import encode_texts, encoder_for
     from finespun.data.texts import read_texts
     from finespun.recipe import DataRecipe
-    from finespun.training.schedule import MICRO_BATCH_TOKENS
 
     tokenizer = AutoTokenizer.from_pretrained(model_folder())
 
@@ -93,7 +92,7 @@ def finespun() -> Prepare:
         texts = read_texts(recipe)
         train = encode_texts(texts, encoder_for(texts, tokenizer, recipe), recipe, MAX_LENGTH).train
         batch = [train[index] for index in next(step_indices(len(train), BATCH_SIZE, seed=0))]
-        pack(micro_batches(batch, MICRO_BATCH_TOKENS)[0])
+        pack(micro_batches(batch, MAX_LENGTH)[0])
         return lambda: (len(train), int(train.lengths.sum()))
 
     return prepare

@@ -1,45 +1,105 @@
-"""Training speed beside TRL's SFTTrainer: same rows, same model, same number of optimizer steps, one after the other.
+"""Training speed and memory beside the peers: same rows, same model, same number of optimizer steps, one after another.
 
-    python benchmarks/training_throughput.py --data train.jsonl [--rows 64] [--batch-size 8] [--repeat 2]
+    python benchmarks/training_throughput.py --data train.jsonl [--model smollm2-135m | gpt2-124m] [--method full | lora]
+        [--rows 32] [--batch-size 8] [--repeat 2] [--contestants finespun "TRL, defaults" …]
 
-`--data` is a JSONL file with `prompt` and `completion`. Each contestant runs in a process of its own, in turn, so that a
-machine that slows down slows all of them down. Speed is real tokens (no padding, context included) of all steps by the
-wall time from the beginning of the first to the end of the last. What counts is the ratio; absolute numbers are of
-this machine on this day.
+`--data` is a JSONL file with `prompt` and `completion`, or with `text`. Each contestant runs in a process of its own, in
+turn, so that a machine that slows down slows all of them down.
+
+tokens/s    real tokens (no padding, context included) by the wall time from the beginning of the first step to the end
+            of the last
+MFU         model FLOPs (those the gradient needs: no products for frozen weights or for tokens without loss, causal
+            attention counted once) by that time, as a share of this machine's best measured matrix product
+peak        largest resident set of the process, in MB; on a GPU the most that torch allocated
+loss        nats a token on held-out rows (the 32 behind the training rows), measured by the same code for all
+
+What counts are the ratios; absolute numbers are of one machine on one day.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 LEARNING_RATE = 2e-4
+MAX_LENGTH = 1024
+HELD_OUT = 32
+MODELS = ("smollm2-135m", "gpt2-124m", "llama-1b")
+
+Row = dict[str, str]
+Result = dict[str, float]
 
 
-def finespun(rows: list[dict[str, str]], batch_size: int, method: str) -> dict[str, float]:
-    """finespun's loop, without validation."""
-    from finespun.data.formats import PromptExample
+def build(name: str) -> tuple[Any, Any]:
+    """A float32 model and its tokenizer; shapes without weights on this machine get random ones and the same
+    tokenizer."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+    from finespun.models.load import load_model
+
+    loaded = load_model("smollm2-135m", "float32", torch.device("cpu"))
+    torch.manual_seed(0)
+    if name == "gpt2-124m":
+        return GPT2LMHeadModel(GPT2Config(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)).eval(), loaded.tokenizer
+    if name == "llama-1b":
+        shape = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32}
+        config = LlamaConfig(
+            **shape, num_key_value_heads=8, vocab_size=49_152, tie_word_embeddings=True, max_position_embeddings=8192
+        )
+        return LlamaForCausalLM(config).eval(), loaded.tokenizer
+    return loaded.model, loaded.tokenizer
+
+
+def encode(tokenizer: Any, rows: Sequence[Row]) -> list[Any]:
+    """The rows as finespun trains them, cut at the length limit."""
+    from finespun.data.formats import PromptExample, TextExample
     from finespun.data.readers import Origin
-    from finespun.data.templates import Encoder
-    from finespun.finetuning import make_trainable
-    from finespun.models.load import faster_precision, load_model
+    from finespun.data.templates import Encoder, LengthLimit
+
+    encoder = Encoder(tokenizer, "chat" if "prompt" in rows[0] else "raw")
+    limit = LengthLimit(MAX_LENGTH, "cut")
+    found = []
+    for number, row in enumerate(rows):
+        origin = Origin("data", number)
+        example = (
+            PromptExample(row["prompt"], row["completion"], origin)
+            if "prompt" in row
+            else TextExample(row["text"], origin)
+        )
+        found += [part for whole in encoder.encode_example(example) for part in limit.fit(whole)]
+    return found
+
+
+def device() -> Any:
+    from finespun.models.load import default_device
+
+    return default_device()
+
+
+def finespun(model: Any, tokenizer: Any, rows: list[Row], batch_size: int, method: str) -> tuple[Result, Any]:
+    """finespun's loop, without validation."""
+    from finespun.models.load import LoadedModel, faster_precision
+    from finespun.models.trainable import make_trainable
     from finespun.recipe import Recipe
     from finespun.training.loop import ResolvedTraining, train
+    from finespun.training.memory import keep_freed_memory, plan_memory
     from finespun.training.objectives.causal_lm import CausalLM
     from finespun.training.progress import Reporter
     from finespun.training.schedule import settle
 
-    loaded = load_model("smollm2-135m", "float32")
-    encoder = Encoder(loaded.tokenizer)
-    examples = [encoder.encode_example(PromptExample(**row, origin=Origin("data", i)))[0] for i, row in enumerate(rows)]
+    keep_freed_memory()
+    loaded = LoadedModel(model.to(device()), tokenizer, "model", Path())
+    examples = encode(tokenizer, rows)
     recipe = Recipe.from_keywords(
         method=method,
         epochs=1,
@@ -47,46 +107,78 @@ def finespun(rows: list[dict[str, str]], batch_size: int, method: str) -> dict[s
         learning_rate=LEARNING_RATE,
         save_every=10**9,
         precision=faster_precision(loaded.device),
+        schedule="linear",
+        warmup=0.0,
     )
     make_trainable(loaded, recipe)
+    objective = CausalLM(loaded.model)
+    plan = plan_memory(objective, examples, recipe.training, max(len(example.input_ids) for example in examples))
+    recipe.training.micro_batch_tokens = plan.micro_batch_tokens
     tokens = sum(len(example.input_ids) for example in examples)
-    steps = settle(recipe.training, len(examples), tokens, 0, 1, lambda: 0.0)
+    steps = settle(recipe.training, len(examples), tokens, 0, lambda: 0.0)
     started = time.perf_counter()
     ends: list[float] = []
+    settings = ResolvedTraining.from_recipe(recipe, steps)
     with tempfile.TemporaryDirectory() as folder:
         train(
-            loaded.model,
-            CausalLM(loaded.causal_lm),
-            examples,
-            [],
-            ResolvedTraining.from_recipe(recipe.training, steps),
-            Path(folder),
-            lambda metrics: ends.append(time.perf_counter()),
-            Reporter(quiet=True),
+            *(loaded.model, objective, examples, [], settings, Path(folder)),
+            on_step=lambda metrics: ends.append(time.perf_counter()),
+            reporter=Reporter(quiet=True),
         )
-    return {"tokens": tokens, "seconds": ends[-1] - started}
+    result = {"tokens": tokens, "seconds": ends[-1] - started, "steps": steps}
+    return result | {"planned": plan.total / 1e6, "micro_batch": plan.micro_batch_tokens}, loaded.model
 
 
-def trl(bf16: bool | None, packing: bool) -> Callable[[list[dict[str, str]], int, str], dict[str, float]]:
-    """TRL's SFTTrainer; `bf16` None leaves its default."""
+def plain(model: Any, tokenizer: Any, rows: list[Row], batch_size: int, method: str) -> tuple[Result, Any]:
+    """The loop that tutorials show: float32, padded to the longest of the batch, loss on every token, AdamW."""
+    import torch
 
-    def run(rows: list[dict[str, str]], batch_size: int, method: str) -> dict[str, float]:
+    if method == "lora":
+        from peft import LoraConfig, get_peft_model
+
+        model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
+    sequences = [torch.tensor(example.input_ids, dtype=torch.long) for example in encode(tokenizer, rows)]
+    model.to(device()).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE)
+    steps = 0
+    started = time.perf_counter()
+    for first in range(0, len(sequences), batch_size):
+        batch = sequences[first : first + batch_size]
+        pad = torch.nn.utils.rnn.pad_sequence
+        ids = pad(batch, batch_first=True, padding_value=tokenizer.eos_token_id).to(device())
+        labels = pad(batch, batch_first=True, padding_value=-100).to(device())
+        mask = pad([torch.ones_like(part) for part in batch], batch_first=True).to(device())
+        model(input_ids=ids, attention_mask=mask, labels=labels).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        steps += 1
+    seconds = time.perf_counter() - started
+    return {"tokens": sum(map(len, sequences)), "seconds": seconds, "steps": steps}, model
+
+
+def trl(bf16: bool | None, packing: bool) -> Callable[..., tuple[Result, Any]]:
+    """TRL's SFTTrainer; `bf16` None leaves its default. Packed rows are put into as many steps as the others take."""
+
+    def run(model: Any, tokenizer: Any, rows: list[Row], batch_size: int, method: str) -> tuple[Result, Any]:
         import torch
         from datasets import Dataset
         from peft import LoraConfig
-        from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+        from transformers import TrainerCallback
         from trl import SFTConfig, SFTTrainer
 
-        from finespun.models.catalog import converted_folder
-
-        folder = str(converted_folder("smollm2-135m"))
         conversations = [
             {
                 "prompt": [{"role": "user", "content": row["prompt"]}],
                 "completion": [{"role": "assistant", "content": row["completion"]}],
             }
+            if "prompt" in row
+            else row
             for row in rows
         ]
+        tokens = sum(len(example.input_ids) for example in encode(tokenizer, rows))
+        steps = -(-len(rows) // batch_size)
+        per_step = max(1, round(tokens / MAX_LENGTH / steps)) if packing else batch_size
         ends: list[float] = []
 
         class Clock(TrainerCallback):
@@ -96,17 +188,18 @@ def trl(bf16: bool | None, packing: bool) -> Callable[[list[dict[str, str]], int
             def on_step_end(self, *_: Any, **__: Any) -> None:
                 ends.append(time.perf_counter())
 
-        options = {} if bf16 is None else {"bf16": bf16}
+        options: dict[str, Any] = {} if bf16 is None else {"bf16": bf16}
         with tempfile.TemporaryDirectory() as output:
             trainer = SFTTrainer(
-                model=AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16 if bf16 else torch.float32),
-                processing_class=AutoTokenizer.from_pretrained(folder),
+                model=model.to(torch.bfloat16) if bf16 else model,
+                processing_class=tokenizer,
                 train_dataset=Dataset.from_list(conversations),
                 args=SFTConfig(
                     output_dir=output,
                     num_train_epochs=1,
-                    per_device_train_batch_size=batch_size,
+                    per_device_train_batch_size=per_step,
                     learning_rate=LEARNING_RATE,
+                    max_length=MAX_LENGTH,
                     packing=packing,
                     report_to="none",
                     save_strategy="no",
@@ -118,38 +211,109 @@ def trl(bf16: bool | None, packing: bool) -> Callable[[list[dict[str, str]], int
                 peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear") if method == "lora" else None,
                 callbacks=[Clock()],
             )
-            tokens = sum(len(row["input_ids"]) for row in trainer.train_dataset)
+            real = sum(len(row["input_ids"]) for row in trainer.train_dataset)
             trainer.train()
-        return {"tokens": tokens, "seconds": ends[-1] - ends[0]}
+        return {"tokens": real, "seconds": ends[-1] - ends[0], "steps": len(ends) - 1}, trainer.model
 
     return run
 
 
 CONTESTANTS = {
     "finespun": finespun,
-    "TRL, float32": trl(bf16=False, packing=False),
+    "plain PyTorch, float32": plain,
     "TRL, defaults": trl(bf16=None, packing=False),
+    "TRL, bfloat16, packed": trl(bf16=True, packing=True),
+    "TRL, float32": trl(bf16=False, packing=False),
+    "TRL, float32, packed": trl(bf16=False, packing=True),
 }
+
+
+def one(name: str, arguments: argparse.Namespace) -> Result:
+    """One contestant, in this process."""
+    import torch
+
+    with arguments.data.open(encoding="utf-8") as file:
+        rows = [json.loads(line) for line, _ in zip(file, range(arguments.rows + HELD_OUT), strict=False)]
+    model, tokenizer = build(arguments.model)
+    peak_product = product_speed()
+    result, trained = CONTESTANTS[name](
+        model, tokenizer, rows[: arguments.rows], arguments.batch_size, arguments.method
+    )
+    if torch.cuda.is_available():
+        peak = torch.cuda.max_memory_allocated() / 1e6
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+    needed = model_flops(trained, encode(tokenizer, rows[: arguments.rows]), arguments.method)
+    loss = held_out_loss(trained, encode(tokenizer, rows[arguments.rows :]))
+    return result | {"mfu": needed / result["seconds"] / peak_product, "peak": peak, "loss": loss}
+
+
+def product_speed() -> float:
+    """FLOP/s of the best matrix product here, of the shapes of a layer, in float32 or bfloat16."""
+    import torch
+
+    best = 0.0
+    for dtype in (torch.float32, torch.bfloat16):
+        for size in (1024, 4096) if torch.cuda.is_available() else (1024,):
+            left, right = (torch.randn(size, size, device=device()).to(dtype) for _ in range(2))
+            for _ in range(3):
+                started = time.perf_counter()
+                (left @ right)[0, 0].item()
+                best = max(best, 2 * size**3 / (time.perf_counter() - started))
+    return best
+
+
+def model_flops(model: Any, examples: Sequence[Any], method: str) -> float:
+    """2 FLOPs for each weight and token forward, 2 for the gradient of the input, 2 for that of a trained weight; the
+    head for tokens with loss only; attention 4 × length² / 2 × width forward and twice that backward, a layer."""
+    import torch
+
+    base = model.get_base_model() if method == "lora" else model
+    head = base.get_output_embeddings()
+    matrices = [
+        module
+        for module in base.base_model.modules()
+        if isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D"
+    ]
+    frozen = sum(4 * module.weight.numel() for module in matrices if not module.weight.requires_grad)
+    trained = sum(6 * module.weight.numel() for module in matrices if module.weight.requires_grad)
+    of_head = (6 if head.weight.requires_grad else 4) * head.weight.numel()
+    config = base.config
+    width = config.num_attention_heads * getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
+    tokens = sum(len(example.input_ids) for example in examples)
+    squares = sum(len(example.input_ids) ** 2 for example in examples)
+    with_loss = sum(example.trained_tokens for example in examples)
+    return (frozen + trained) * tokens + of_head * with_loss + 6 * squares * width * config.num_hidden_layers
+
+
+def held_out_loss(model: Any, examples: Sequence[Any]) -> float:
+    import torch
+
+    from finespun.models.load import compute_in
+    from finespun.training.loop import example_losses, weighted_mean
+    from finespun.training.objectives.causal_lm import CausalLM
+
+    compute_in(model, torch.float32).eval()
+    return weighted_mean(example_losses(CausalLM(model), examples, 1024))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--rows", type=int, default=64)
+    parser.add_argument("--model", choices=MODELS, default=MODELS[0])
+    parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--method", choices=("full", "lora"), default="full")
     parser.add_argument("--repeat", type=int, default=2)
-    parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=["finespun", "TRL, float32"])
+    parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
     parser.add_argument("--one", choices=CONTESTANTS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
 
     if arguments.one:
-        with arguments.data.open(encoding="utf-8") as file:
-            rows = [json.loads(line) for line, _ in zip(file, range(arguments.rows), strict=False)]
-        print(json.dumps(CONTESTANTS[arguments.one](rows, arguments.batch_size, arguments.method)))
+        print(json.dumps(one(arguments.one, arguments)))
         return
 
-    results: dict[str, list[dict[str, float]]] = {name: [] for name in arguments.contestants}
+    results: dict[str, list[Result]] = {name: [] for name in arguments.contestants}
     for _ in range(arguments.repeat):
         for name in arguments.contestants:
             done = subprocess.run(
@@ -157,13 +321,33 @@ def main() -> None:
             )
             results[name].append(json.loads(done.stdout.splitlines()[-1]))
             print(name, results[name][-1], file=sys.stderr)
+    report(results, arguments)
+
+
+def report(results: dict[str, list[Result]], arguments: argparse.Namespace) -> None:
     speeds = {name: [run["tokens"] / run["seconds"] for run in runs] for name, runs in results.items()}
-    print(f"\n{arguments.method}, {arguments.rows} rows of {arguments.data.name}, batch size {arguments.batch_size}\n")
-    print("| | tokens | tokens/s, median (all) | finespun is faster by |\n| --- | --- | --- | --- |")
+
+    def median(name: str, key: str) -> float:
+        return statistics.median(run[key] for run in results[name])
+
+    print(
+        f"\n{arguments.model}, {arguments.method}, {arguments.rows} rows of {arguments.data.name}, batch size {arguments.batch_size}\n"
+    )
+    print("| | steps | tokens/s, median (all) | finespun is faster by | MFU | peak MB | loss |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
     for name, runs in results.items():
-        ratio = statistics.median(ours / theirs for ours, theirs in zip(speeds["finespun"], speeds[name], strict=True))
-        every = ", ".join(f"{speed:.0f}" for speed in speeds[name])
-        print(f"| {name} | {runs[0]['tokens']} | {statistics.median(speeds[name]):.0f} ({every}) | {ratio:.2f}× |")
+        pairs = zip(speeds["finespun"], speeds[name], strict=True)
+        ratio = statistics.median(ours / theirs for ours, theirs in pairs)
+        every = ", ".join(f"{speed:.1f}" for speed in speeds[name])
+        print(
+            f"| {name} | {runs[0]['steps']} | {statistics.median(speeds[name]):.1f} ({every}) | {ratio:.2f}× | "
+            f"{median(name, 'mfu'):.0%} | {median(name, 'peak'):.0f} | {median(name, 'loss'):.3f} |"
+        )
+    if "finespun" in results:
+        planned, peak = median("finespun", "planned"), median("finespun", "peak")
+        print(
+            f"\nfinespun planned {planned:.0f} MB ({planned / peak - 1:+.0%}), micro-batches of {median('finespun', 'micro_batch'):.0f} tokens"
+        )
 
 
 if __name__ == "__main__":

@@ -257,7 +257,25 @@ def test_resuming_what_cannot_go_on(refused, write_jsonl, tiny_folder: Path) -> 
     assert "this run is finished" in refused("train", "--resume", "run")
     Path("run/report.html").unlink()
     write_jsonl(GOOD, {"prompt": "x", "completion": "changed"})
-    assert "data files are not those it began with" in refused("train", "--resume", "run")
+    assert "data.jsonl changed" in refused("train", "--resume", "run")
+    message = refused("train", "--resume", "run", "--training.learning-rate", "0.5")
+    assert "training.learning_rate" in message
+    assert "→ 0.5" in message
+    assert "--allow-changes" in message
+    assert "give it with --resume" in refused("train", "--data", data, "--allow-changes")
+    assert "no recipe" in refused("train", "--resume", "run", "--plan")
+
+
+def test_a_run_that_cannot_fit_into_memory_is_refused_with_what_would_help(
+    refused, write_jsonl, tiny_folder: Path
+) -> None:
+    data = write_jsonl(GOOD, {"prompt": "x", "completion": "y"})
+    options = ("--model", tiny_folder, "--data", data, "--out", "run", "--training.memory-limit-gb", "0.05")
+    message = refused("train", *options)
+    assert "GB of memory" in message
+    assert "0.1 GB are there" in message
+    assert "training.method lora saves about" in message
+    assert not Path("run").exists()
 
 
 def test_a_model_with_pickled_weights_only(refused, write_jsonl, tiny_folder: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 from conftest import CHATML, sentences
 from finespun import finetuning
 from finespun.recipe import Recipe
+from finespun.runs import RunFolder
 from finespun.training.progress import Reporter
 
 
@@ -126,3 +127,28 @@ def test_texts_that_are_piped_in_are_kept_with_the_run(tiny_folder: Path, in_tmp
     subprocess.run([*command, "--training.max-steps", "1", "--quiet"], input=piped.encode(), check=True)
     assert Path("run/data.jsonl").read_text(encoding="utf-8") == piped
     assert Recipe.load("run/recipe.yaml").data.source == [str(Path("run/data.jsonl").absolute())]
+
+
+def test_metrics_go_to_the_trackers_of_the_recipe_also_after_going_on(
+    tiny_folder: Path, in_tmp: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    keywords = {"max_steps": 6, "save_every": 2, "trackers": ["tensorboard"], "out": "run", "count": 0}
+    recipe = Recipe.from_keywords(model=str(tiny_folder), **keywords)
+    append = RunFolder.append_metrics
+
+    def append_and_stop(self: RunFolder, metrics: dict) -> None:
+        append(self, metrics)
+        if metrics["step"] == 5:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "append_metrics", append_and_stop)
+        with pytest.raises(KeyboardInterrupt):
+            finetuning.finetune(recipe, sentences(20), Reporter(quiet=True))
+    finetuning.resume("run", Reporter(quiet=True))
+    events = accumulator.EventAccumulator("run/tensorboard").Reload()
+    logged = {event.step: event.value for event in events.Scalars("loss")}
+    written = {line["step"]: line["loss"] for line in RunFolder(Path("run")).metrics()}
+    assert logged == pytest.approx(written)
+    assert sorted(logged) == [1, 2, 3, 4, 5, 6]

@@ -70,7 +70,7 @@ def test_bare_field_names_are_unambiguous() -> None:
         ({"epoks": 2}, "did you mean `training.epochs`?"),
         ({"training": {"learning_rat": 1}}, "did you mean `training.learning_rate`?"),
         ({"modle": "x"}, "did you mean `model`?"),
-        ({"training": {"method": "lroa"}}, "should be 'full' or 'lora'"),
+        ({"training": {"method": "lroa"}}, "should be 'full', 'lora', 'qlora', "),
         ({"data": {"template": {"prompt": "x"}}}, "either prompt and completion, or text"),
         ({"data": {"validation": 1.5}}, "`data.validation`"),
         ({"epochs": float("inf")}, "`training.epochs`"),

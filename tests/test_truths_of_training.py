@@ -240,12 +240,12 @@ def test_07_each_pass_trains_each_example_once_with_the_last_batch(count: int, b
 
 
 def test_07_the_schedule_ends_with_the_true_last_step() -> None:
-    rates = [learning_rate(step, 20, 1.0, 0.1) for step in range(20)]
+    rates = [learning_rate(step, 20, 1.0, 0.1, "cosine", 0.2) for step in range(20)]
     assert rates[:2] == [0.5, 1.0]
     assert max(rates) == 1.0
     assert rates[2:] == sorted(rates[2:], reverse=True)
     assert 0 < rates[-1] < 0.01
-    assert learning_rate(20, 20, 1.0, 0.1) == pytest.approx(0)
+    assert learning_rate(20, 20, 1.0, 0.1, "cosine", 0.2) == pytest.approx(0)
 
 
 # 8

@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
 
 __all__ = ["FinespunError", "Recipe", "TextModel", "finetune", "load"]
 __version__ = version("finespun")
+
+# transformers imports torchao where that is installed, which then warns of CUDA libraries that are not for this machine
+for _name in ("torchao", "torch.utils._pytree"):
+    logging.getLogger(_name).setLevel(logging.ERROR)
 
 
 def load(name: str | Path) -> TextModel:

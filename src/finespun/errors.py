@@ -33,5 +33,9 @@ class TrainingDiverged(FinespunError):
     """The loss or the gradient stopped being a finite number."""
 
 
+class OutOfMemory(FinespunError):
+    """Training needs more memory than there is."""
+
+
 class TrainingInterrupted(FinespunError):
     """A person or the system asked the run to stop; it was saved and can go on."""

@@ -10,8 +10,9 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from itertools import islice
+from math import ceil
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -22,24 +23,38 @@ from finespun.data.prepare import Tokens, encode_texts, encoder_for
 from finespun.data.sources import Items, MemoryRows, read_standard_input, to_jsonl
 from finespun.data.templates import Encoder, TokenizedExample
 from finespun.data.texts import HELD_OUT, Texts, read_texts
-from finespun.errors import DataError, RunError, TrainingInterrupted
+from finespun.errors import DataError, OutOfMemory, RunError, TrainingInterrupted
 from finespun.evaluation.perplexity import perplexity, perplexity_ratio
 from finespun.files import copy_file, data_cache, forget_old, hash_of, write_text
 from finespun.generation.engine import generate
 from finespun.generation.settings import Sampling
-from finespun.models.adapters import add_lora, merge
+from finespun.models.adapters import unroll_pissa
 from finespun.models.catalog import locate, weights_sha256
-from finespun.models.load import LoadedModel, faster_precision, grow_vocabulary, load_model, save_model
-from finespun.recipe import Recipe, TrainingRecipe
+from finespun.models.load import (
+    LoadedModel,
+    compute_in,
+    faster_precision,
+    grow_vocabulary,
+    load_model,
+    save_model,
+)
+from finespun.models.trainable import make_trainable
+from finespun.recipe import Recipe, TrainingRecipe, changed_keys
 from finespun.report import LENGTH_ACTIONS, write_report
 from finespun.runs import RunFolder, default_out, environment
 from finespun.training.checkpoint import Checkpoint, newest_checkpoint
 from finespun.training.loop import ExampleLosses, ResolvedTraining, example_losses, tokens_per_second, train
+from finespun.training.memory import MemoryPlan, keep_freed_memory, plan_memory
 from finespun.training.objectives.causal_lm import CausalLM
-from finespun.training.progress import Reporter
-from finespun.training.schedule import settle
+from finespun.training.progress import Reporter, duration
+from finespun.training.rate_search import STEPS, chart, search_rate
+from finespun.training.schedule import default_learning_rate, settle
+from finespun.training.trackers import Trackers, check_installed
 
 Sample = dict[str, Any]
+
+SURELY_TOO_MUCH = 1.15
+"""A run whose memory is estimated at so many times what there is, is refused: the estimate is not further off."""
 
 
 @dataclass
@@ -62,6 +77,7 @@ class _Prepared:
     encoder: Encoder
     objective: CausalLM
     steps: int
+    memory: MemoryPlan
     manifest: dict[str, Any]
     weights: list[str]
     """SHA-256 of all that the model was loaded from."""
@@ -84,6 +100,7 @@ def finetune(recipe: Recipe, items: Items | None = None, reporter: Reporter | No
     if items is not None:
         recipe.data.source = [str(folder.data.absolute())]
     run = _prepare(recipe, texts, reporter)
+    _check_fits(run)
     if items is not None:
         files = run.manifest["data"]["files"]
         files[str(folder.data.absolute())] = files.pop(MemoryRows.shown)
@@ -94,31 +111,116 @@ def finetune(recipe: Recipe, items: Items | None = None, reporter: Reporter | No
     return _run(run, folder, reporter, resume_from=None)
 
 
-def resume(path: str | Path, reporter: Reporter | None = None) -> FinishedRun:
+def resume(
+    path: str | Path,
+    reporter: Reporter | None = None,
+    changes: Mapping[str, Any] | None = None,
+    allow_changes: bool = False,
+) -> FinishedRun:
     """Goes on with the run in `path` from its newest complete checkpoint, or from its start where it has none.
 
-    Raises `RunError` for a folder without a run, a finished run, and data or base weights that changed since.
+    `changes` are keys of the recipe to override. Raises `RunError` for a folder without a run, a finished run, and,
+    unless `allow_changes`, for a recipe, data or base weights that are not those it began with.
     """
     reporter = reporter or Reporter()
     folder = RunFolder(Path(path))
-    recipe = folder.recipe()
+    recipe = folder.recipe(changes or {})
+    recipe.out = str(folder.path.absolute())
     if folder.report.exists():
         raise RunError(f"{folder.path}: this run is finished. To train on, start a new run with --model {folder.path}.")
-    run = _prepare(recipe, read_texts(recipe.data), reporter)
     recorded = folder.manifest()
-    for part, key, what in (("data", "files", "data files are"), ("base", "sha256", f"weights of {recipe.model} are")):
-        if recorded[part][key] != run.manifest[part][key]:
-            raise RunError(f"{folder.path}: the {what} not those it began with. Restore them, or start a new run.")
-    run.manifest["started"] = recorded["started"]
+    different = changed_keys(Recipe.parse(recorded["recipe"]), recipe)
+    if different and not allow_changes:
+        _refuse(folder, different)
+    run = _prepare(recipe, read_texts(recipe.data), reporter)
+    for part, key, what in (("data", "files", "data file"), ("base", "sha256", f"weights of {recipe.model}")):
+        different += _differences(what, recorded[part][key], run.manifest[part][key])
+    if different and not allow_changes:
+        _refuse(folder, different)
     checkpoint = newest_checkpoint(folder.checkpoints)
     done = checkpoint.state.step if checkpoint else 0
+    run.manifest["started"] = recorded["started"]
+    run.manifest["changes"] = [
+        *recorded.get("changes", []),
+        *({"after_step": done, "what": each} for each in different),
+    ]
     folder.keep_metrics_through(done)
+    folder.create(recipe, run.manifest)
+    for line in different:
+        reporter.say(f"Changed: {line}")
     reporter.say(f"Going on after step {done} of {run.steps}.")
     return _run(run, folder, reporter, resume_from=checkpoint)
 
 
+def find_learning_rate(recipe: Recipe, reporter: Reporter | None = None) -> list[str]:
+    """A drawing of the loss against a rising learning rate, and the rate that it suggests, in lines for a person.
+    Writes nothing. Raises what `finetune` would raise before its first step, and `TrainingDiverged`."""
+    reporter = reporter or Reporter()
+    recipe = recipe.model_copy(deep=True)
+    run = _prepare(recipe, read_texts(recipe.data), reporter)
+    _check_fits(run)
+    with reporter.counting("Trying learning rates", "steps") as count:
+        search = search_rate(
+            run.objective,
+            run.tokens.train,
+            ResolvedTraining.from_recipe(recipe, run.steps),
+            lambda step, rate, loss: count(step, STEPS),
+        )
+    return [
+        "Loss against learning rate:",
+        *chart(search),
+        f"Suggested: --training.learning-rate {search.suggested:g} (a tenth of the rate with the lowest loss).",
+    ]
+
+
+def _check_fits(run: _Prepared) -> None:
+    """Raises `OutOfMemory` for what is clearly too much; what may just fit is tried."""
+    memory = run.memory
+    if memory.total > SURELY_TOO_MUCH * memory.available:
+        raise OutOfMemory(
+            f"This needs about {memory.total / 1e9:.1f} GB of memory and {memory.available / 1e9:.1f} GB are there (by "
+            f"part: finespun train … --plan). {'; '.join(memory.remedies(run.recipe.training))}."
+        )
+
+
+def _refuse(folder: RunFolder, different: Sequence[str]) -> NoReturn:
+    raise RunError(
+        f"{folder.path}: the run would not go on as it began: {'; '.join(different)}. Undo that, start a new run, or "
+        "go on all the same with --allow-changes."
+    )
+
+
+def _differences(what: str, before: Any, now: Any) -> list[str]:
+    """What is not the same in two hashes, or in two mappings of hashes."""
+    if not isinstance(before, Mapping):
+        return [] if before == now else [f"the {what} changed"]
+    return [f"the {what} {name} changed" for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
+
+
+def plan(recipe: Recipe, reporter: Reporter | None = None) -> list[str]:
+    """What `recipe` would train, in lines for a person: parameters, steps, tokens, memory by part, time. Writes
+    nothing. Raises what `finetune` would raise before its first step."""
+    recipe = recipe.model_copy(deep=True)
+    run = _prepare(recipe, read_texts(recipe.data), reporter or Reporter())
+    settings, tokens = recipe.training, run.tokens
+    examples = sum(share.draws for share in tokens.mixture) or len(tokens.train)
+    passes = run.steps / ceil(examples / (settings.batch_size or 1))
+    trained = passes * int(tokens.train.lengths.sum())
+    validations = run.steps // (settings.validate_every or run.steps)
+    speed = _speed(run.objective, tokens.train, settings)
+    seconds = (trained + validations * int(tokens.validation.lengths.sum()) / 3) / speed
+    return [
+        f"{run.steps} steps over {trained:,.0f} tokens, with {validations} validations, at {speed:,.0f} tokens a "
+        f"second: about {duration(seconds)}.",
+        "Memory:",
+        *run.memory.lines(),
+        *(run.memory.remedies(settings) if run.memory.total > run.memory.available else []),
+    ]
+
+
 def _prepare(recipe: Recipe, texts: Texts, reporter: Reporter) -> _Prepared:
     """Reads, encodes and decides all that can fail before a step; completes `recipe`."""
+    keep_freed_memory()
     for line in (*texts.how, *texts.notes, *changed_since_check(texts.files)):
         reporter.say(line)
     location = locate(recipe.model)
@@ -126,22 +228,27 @@ def _prepare(recipe: Recipe, texts: Texts, reporter: Reporter) -> _Prepared:
         recipe.model = str(Path(recipe.model).absolute())
     once = " (converted once, about a minute)" if location.kind == "package" else ""
     reporter.say(f"Loading {recipe.model} from {location.path}{once}")
-    loaded = load_model(recipe.model, precision="float32")
+    settings = recipe.training
+    check_installed(settings.trackers or [])
+    loaded = load_model(recipe.model, precision="float32", four_bits=settings.method == "qlora")
     encoder = encoder_for(texts, loaded.tokenizer, recipe.data)
     new_tokens = grow_vocabulary(loaded)
-    tokens = encode_texts(texts, encoder, recipe.data, loaded.context_length)
     parameters = loaded.causal_lm.num_parameters()
     weights = [weights_sha256(path) for path in (loaded.base_path, *([location.path] if loaded.has_adapter else []))]
     trainable = make_trainable(loaded, recipe, new_tokens)
-    objective = CausalLM(loaded.causal_lm)
-    settings = recipe.training
+    tokens = encode_texts(texts, encoder, recipe.data, loaded.context_length)
+    objective = CausalLM(loaded.model)
     settings.precision = settings.precision or faster_precision(loaded.device)
+    why_rate = ""
+    if settings.learning_rate is None:
+        settings.learning_rate, why_rate = default_learning_rate(settings.method, settings.optimizer, parameters)
+    memory = plan_memory(objective, tokens.train, settings, longest=int(tokens.train.lengths.max()))
+    settings.micro_batch_tokens = memory.micro_batch_tokens
     steps = settle(
         settings,
         examples=sum(share.draws for share in tokens.mixture) or len(tokens.train),
         tokens=int(tokens.train.lengths.sum()),
         validation_tokens=int(tokens.validation.lengths.sum()),
-        parameters=parameters,
         tokens_per_second=lambda: _speed(objective, tokens.train, settings),
     )
     manifest = {
@@ -153,6 +260,7 @@ def _prepare(recipe: Recipe, texts: Texts, reporter: Reporter) -> _Prepared:
             "parameters": parameters,
         },
         "seed": recipe.training.seed,
+        "recipe": recipe.model_dump(exclude_none=True),
         "environment": environment(),
     }
     for line in _summary(manifest["data"]):
@@ -160,34 +268,51 @@ def _prepare(recipe: Recipe, texts: Texts, reporter: Reporter) -> _Prepared:
     reporter.say(
         f"{trainable / 1e6:.1f} M parameters to train ({settings.method}, {settings.precision}): {steps} steps, "
         f"batch size {settings.batch_size}, learning rate up to {settings.learning_rate:g}"
+        + (f" ({why_rate})" if why_rate else "")
     )
     if objective.why_slow:
         reporter.say(f"Examples are computed one by one, since {objective.why_slow}.")
-    return _Prepared(recipe, texts, tokens, loaded, encoder, objective, steps, manifest, weights)
+    return _Prepared(recipe, texts, tokens, loaded, encoder, objective, steps, memory, manifest, weights)
 
 
 def _run(run: _Prepared, folder: RunFolder, reporter: Reporter, resume_from: Checkpoint | None) -> FinishedRun:
     """Measures, trains, measures again and writes the model and the report."""
-    recipe, loaded, tokens, objective = run.recipe, run.loaded, run.tokens, run.objective
-    training = ResolvedTraining.from_recipe(recipe.training, run.steps)
-    before, samples = _measured_before(run, training.micro_batch_tokens, reporter)
-    folder.write_samples(samples)
+    done = resume_from.state.step if resume_from else 0
+    names, settings = run.recipe.training.trackers or [], run.manifest["recipe"]
     try:
-        state, best = train(
-            loaded.model,
-            objective,
-            tokens.train,
-            tokens.validation,
-            training,
-            folder.checkpoints,
-            folder.append_metrics,
-            reporter,
-            resume_from,
-            tokens.mixture,
-        )
+        with Trackers(names, folder.path, settings, reporter.say, done) as trackers:
+            return _train_and_write(run, folder, reporter, resume_from, trackers)
     except TrainingInterrupted as stop:
         raise TrainingInterrupted(f"{stop} Go on with: finespun train --resume {folder.path}") from None
 
+
+def _train_and_write(
+    run: _Prepared, folder: RunFolder, reporter: Reporter, resume_from: Checkpoint | None, trackers: Trackers
+) -> FinishedRun:
+    recipe, loaded, tokens, objective = run.recipe, run.loaded, run.tokens, run.objective
+    training = ResolvedTraining.from_recipe(recipe, run.steps)
+    before, samples = _measured_before(run, training.micro_batch_tokens, reporter)
+    folder.write_samples(samples)
+
+    def record(metrics: dict[str, Any]) -> None:
+        folder.append_metrics(metrics)
+        trackers.log(metrics)
+
+    state, best = train(
+        loaded.model,
+        objective,
+        tokens.train,
+        tokens.validation,
+        training,
+        folder.checkpoints,
+        record,
+        reporter,
+        resume_from,
+        tokens.mixture,
+    )
+    if loaded.pissa_start:
+        loaded.model = unroll_pissa(loaded.model, loaded.pissa_start, recipe.lora)
+        loaded.pissa_start = None
     save_model(loaded, run.encoder.stop_ids, folder.model)
     if tokens.validation:
         losses, weights = before
@@ -229,24 +354,8 @@ def _speed(objective: CausalLM, examples: Sequence[TokenizedExample], recipe: Tr
     from it; where the run computes in another type, a copy is timed."""
     dtype = getattr(torch, recipe.precision or "float32")
     if objective.model.dtype != dtype:
-        objective = CausalLM(deepcopy(objective.model).to(dtype))
+        objective = CausalLM(compute_in(deepcopy(objective.outer), dtype))
     return tokens_per_second(objective, examples, recipe.batch_size or 1, recipe.micro_batch_tokens or 1)
-
-
-def make_trainable(loaded: LoadedModel, recipe: Recipe, new_tokens: Sequence[int] = ()) -> int:
-    """Sets which parameters get a gradient; returns how many numbers that is. A new adapter changes nothing of what
-    the model says before it is trained; beside it, the embeddings of `new_tokens` are trained."""
-    if recipe.training.method == "full":
-        if loaded.has_adapter:
-            loaded.model = merge(loaded.model)
-        loaded.model.requires_grad_(True)
-    elif loaded.has_adapter:
-        for name, parameter in loaded.model.named_parameters():
-            parameter.requires_grad_("lora_" in name)
-    else:
-        torch.manual_seed(recipe.training.seed)
-        loaded.model = add_lora(loaded.causal_lm, recipe.lora, new_tokens)
-    return sum(parameter.numel() for parameter in loaded.model.parameters() if parameter.requires_grad)
 
 
 def _sample_prompts(run: _Prepared) -> list[Sample]:

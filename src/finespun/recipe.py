@@ -35,6 +35,10 @@ PromptFormat = Literal["chat", "raw"]
 ChatTemplate = Literal["plain", "chatml"]
 TrainOn = Literal["all", "last"]
 TooLong = Literal["refuse", "cut", "cut-left", "skip", "split"]
+Method = Literal["full", "lora", "qlora", "prompt-tuning", "prefix-tuning"]
+Optimizer = Literal["adamw", "adamw-8bit", "adafactor", "muon", "lion", "schedule-free-adamw"]
+Schedule = Literal["cosine", "linear", "constant", "warmup-stable-decay"]
+Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 
 
 class Section(BaseModel):
@@ -160,39 +164,101 @@ class LoraRecipe(Section):
     """Scale: the update is multiplied by alpha / rank."""
     target_modules: list[str] | Literal["all-linear"] = "all-linear"
     """Names of the layers that get an update."""
+    trained_modules: list[str] | None = None
+    """Names of modules that are trained fully beside it, e.g. lm_head."""
+    rank_stabilized: bool = False
+    """rsLoRA: multiply by alpha / √rank, so that high ranks learn too (Kalajdzievski 2023)."""
+    dora: bool = False
+    """DoRA: train the length of each weight vector apart from its direction (Liu et al. 2024)."""
+    initial: Literal["zero", "pissa"] = "zero"
+    """The update starts at zero, or as the principal part of the weights themselves (PiSSA, Meng et al. 2024)."""
+    b_rate_ratio: Annotated[float, Field(gt=0)] = 1.0
+    """LoRA+: learning rate of the B matrices over that of the A matrices; 16 in the paper (Hayou et al. 2024)."""
+
+    @model_validator(mode="after")
+    def _one_decomposition(self) -> LoraRecipe:
+        if self.dora and self.initial == "pissa":
+            raise ValueError("`dora` and `initial` pissa take the weights apart in two ways; choose one")
+        return self
+
+
+class SoftPromptRecipe(Section):
+    """Prompt tuning (Lester et al. 2021) and prefix tuning (Li & Liang 2021): the model stays, and vectors before its
+    input, or before the keys and values of each layer, are trained."""
+
+    virtual_tokens: Annotated[int, Field(ge=1)] = 20
+    """How many of them."""
+    initial_text: str | None = None
+    """Prompt tuning starts from the embeddings of this text [default: of tokens drawn at random]."""
 
 
 class TrainingRecipe(Section):
     """How the model learns."""
 
-    method: Literal["full", "lora"] = "full"
-    """Train all weights, or a LoRA adapter beside frozen ones."""
+    method: Method = "full"
+    """Train all weights, a LoRA adapter beside frozen ones (qlora: that are kept in 4 bits), or a soft prompt."""
+    freeze: list[str] | None = None
+    """What method full leaves as it is: embeddings, first-N (the first N layers), or patterns of parameter names such
+    as *.mlp.*"""
     epochs: Annotated[float, Field(gt=0)] = 3.0
     """Passes over the training examples."""
     max_steps: Annotated[int, Field(ge=1)] | None = None
     """Stop after so many steps, whatever the epochs."""
     max_minutes: Annotated[float, Field(gt=0)] | None = None
     """Take no more steps than fit into so many minutes on this machine; the speed is measured first."""
+    early_stopping: Annotated[int, Field(ge=1)] | None = None
+    """Stop when so many validations in a row were no better than the best."""
     batch_size: Annotated[int, Field(ge=1)] | None = None
     """Examples in one step [default: 4 to 32, by the number of examples]."""
+    optimizer: Optimizer = "adamw"
+    """AdamW in float32 or with 8-bit moments, Adafactor, Muon (with AdamW for embeddings, head, norms and biases),
+    Lion, or AdamW without a schedule."""
     learning_rate: Annotated[float, Field(gt=0)] | None = None
-    """Peak of the schedule [default: by method and model size]."""
+    """Peak of the schedule [default: by method, optimizer and model size]."""
+    schedule: Schedule | None = None
+    """How the rate goes after the warm-up: down along a cosine or a line, constant, or constant with a final decay
+    [default: cosine, or constant for schedule-free-adamw]."""
     warmup: Annotated[float, Field(ge=0, le=1)] = 0.05
     """Share of the steps in which the rate rises to its peak."""
+    decay: Annotated[float, Field(gt=0, le=1)] = 0.2
+    """Share of the steps in which the rate falls, for schedule warmup-stable-decay."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    """AdamW's decay of weight matrices; norms, biases and embeddings have none."""
+    """Decay of weight matrices; norms, biases and embeddings have none."""
     max_gradient_norm: Annotated[float, Field(gt=0)] = 1.0
     """Longer gradients are scaled down to this length."""
+    neftune_alpha: Annotated[float, Field(gt=0)] | None = None
+    """NEFTune: noise of this strength on the embeddings in training, e.g. 5 (Jain et al. 2023)."""
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Validate and keep a moving average of the weights, e.g. 0.999 of it and 0.001 of the new ones at each step."""
     validate_every: Annotated[int, Field(ge=1)] | None = None
     """Steps between validations [default: ten in a run, or as many as take a tenth of its time]."""
     save_every: Annotated[int, Field(ge=1)] | None = None
     """Steps between checkpoints [default: at each validation]."""
+    keep_checkpoints: Annotated[int, Field(ge=1)] = 1
+    """How many of the newest checkpoints stay; the best one stays too."""
     precision: Literal["float32", "bfloat16"] | None = None
     """Type of the weights in computation; masters are always float32 [default: the faster one here, measured]."""
     micro_batch_tokens: Annotated[int, Field(ge=1)] | None = None
-    """Tokens computed at once: a matter of memory and speed, never of the result."""
+    """Tokens computed at once: a matter of memory and speed, never of the result [default: the fastest here, measured
+    once]."""
+    gradient_checkpointing: Literal["off", "selective", "full"] = "off"
+    """Keep less for the backward pass and compute it again there: all but the matrix products, or whole layers."""
+    memory_limit_gb: Annotated[float, Field(gt=0)] | None = None
+    """Use no more memory than this [default: what the machine has]."""
+    trackers: list[Tracker] | None = None
+    """Also log to TensorBoard, Weights & Biases, MLflow or Trackio."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    """Seed of order and initial adapter weights."""
+    """Seed of order, noise and initial adapter weights."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> TrainingRecipe:
+        if self.optimizer == "schedule-free-adamw" and self.schedule not in (None, "constant"):
+            raise ValueError("schedule-free-adamw needs no schedule: leave `schedule` out")
+        if self.optimizer == "schedule-free-adamw" and self.ema_decay is not None:
+            raise ValueError("schedule-free-adamw averages the weights itself: leave `ema_decay` out")
+        if self.freeze and self.method != "full":
+            raise ValueError(f"`freeze` is for method full; {self.method} leaves all of the model as it is")
+        return self
 
 
 class SamplesRecipe(Section):
@@ -218,7 +284,9 @@ class Recipe(Section):
     training: TrainingRecipe = Field(default_factory=TrainingRecipe)
     """How the model learns."""
     lora: LoraRecipe = Field(default_factory=LoraRecipe)
-    """The adapter, for method lora."""
+    """The adapter, for methods lora and qlora."""
+    soft_prompt: SoftPromptRecipe = Field(default_factory=SoftPromptRecipe)
+    """The vectors, for methods prompt-tuning and prefix-tuning."""
     samples: SamplesRecipe = Field(default_factory=SamplesRecipe)
     """Samples for the report."""
 
@@ -282,6 +350,7 @@ SECTIONS: dict[str, type[Section]] = {
     "data": DataRecipe,
     "training": TrainingRecipe,
     "lora": LoraRecipe,
+    "soft_prompt": SoftPromptRecipe,
     "samples": SamplesRecipe,
 }
 
@@ -292,6 +361,38 @@ FIELD_HOME: dict[str, str] = {field: name for name, section in SECTIONS.items() 
 def known_keys() -> list[str]:
     """All keys a recipe can have, dotted."""
     return [*Recipe.model_fields, *(f"{section}.{field}" for field, section in FIELD_HOME.items())]
+
+
+FREE_TO_CHANGE = {
+    "out",
+    "samples",
+    "training.early_stopping",
+    "training.keep_checkpoints",
+    "training.memory_limit_gb",
+    "training.micro_batch_tokens",
+    "training.save_every",
+    "training.trackers",
+    "training.gradient_checkpointing",
+}
+"""What does not change the weights that a run arrives at, beyond rounding, or only where it ends."""
+
+
+def changed_keys(before: Recipe, now: Recipe) -> list[str]:
+    """What is different in two recipes and matters to a run that goes on, e.g. "training.epochs 3 → 5"."""
+    old, new = _flat(before.model_dump(exclude_none=True)), _flat(now.model_dump(exclude_none=True))
+    return [
+        f"{key} {old.get(key, 'not set')} → {new.get(key, 'not set')}"
+        for key in sorted({*old, *new})
+        if old.get(key) != new.get(key) and key not in FREE_TO_CHANGE and key.partition(".")[0] not in FREE_TO_CHANGE
+    ]
+
+
+def _flat(nested: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    """Dotted keys; lists are values."""
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        flat |= _flat(value, f"{before}{key}.") if isinstance(value, Mapping) else {before + key: value}
+    return flat
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:

@@ -77,11 +77,11 @@ class RunFolder:
         self.write_manifest(manifest)
         write_text(self.recipe_file, recipe.to_yaml())
 
-    def recipe(self) -> Recipe:
-        """The stored recipe. Raises `RunError` where there is no run."""
+    def recipe(self, changes: Mapping[str, Any] | None = None) -> Recipe:
+        """The stored recipe, with `changes` on top. Raises `RunError` where there is no run."""
         if not self.recipe_file.is_file():
             raise RunError(f"{self.path}: holds no run (there is no recipe.yaml in it).")
-        return Recipe.load(self.recipe_file)
+        return Recipe.load(self.recipe_file, changes or {})
 
     def write_manifest(self, manifest: Mapping[str, Any]) -> None:
         write_text(self.path / "manifest.json", json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")

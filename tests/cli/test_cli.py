@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,9 @@ from pathlib import Path
 import pytest
 
 import finespun
+from conftest import sentences
 from finespun.cli import main
+from finespun.runs import RunFolder
 
 
 def test_help_imports_nothing_heavy() -> None:
@@ -111,3 +114,55 @@ def test_several_sources_may_follow_one_option(in_tmp: Path, capsys: pytest.Capt
     with pytest.raises(SystemExit):
         main(["train", "--data", "a.jsonl", "b.jsonl", "--model", "m"])
     assert "b.jsonl: there is no such file" in capsys.readouterr().err
+
+
+@pytest.fixture
+def lines(in_tmp: Path) -> Path:
+    path = in_tmp / "lines.txt"
+    path.write_text("\n".join(sentences(60)), encoding="utf-8")
+    return path
+
+
+def test_a_plan_says_what_a_run_would_take_and_writes_nothing(
+    tiny_folder: Path, lines: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(
+        ["train", "--model", str(tiny_folder), "--data", str(lines), "--out", "run", "--plan", "--training.epochs", "2"]
+    )
+    written = capsys.readouterr()
+    steps, tokens = re.search(r"^(\d+) steps over ([\d,]+) tokens.*about ", written.out, re.MULTILINE).groups()
+    (trained,) = re.search(r"([\d,]+) training tokens", written.err).groups()
+    assert int(tokens.replace(",", "")) == 2 * int(trained.replace(",", ""))
+    assert int(steps) == 28
+    sizes = dict(re.findall(r"^  (.+?) +([\d.]+) GB$", written.out, re.MULTILINE))
+    parts = [float(size) for name, size in sizes.items() if name not in ("together", "available")]
+    assert {"weights", "gradients", "optimizer", "loss", "together", "available"} <= sizes.keys()
+    assert sum(parts) == pytest.approx(float(sizes["together"]), abs=0.05)
+    assert not Path("run").exists()
+
+
+def test_a_search_for_the_rate_draws_the_loss_and_suggests_one_that_works(
+    tiny_folder: Path, lines: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--model", str(tiny_folder), "--data", str(lines), "--quiet"]
+    main(["train", *arguments, "--out", "run", "--find-lr"])
+    out = capsys.readouterr().out
+    assert out.count("•") > 20
+    (rate,) = re.search(r"--training.learning-rate (\S+)", out).groups()
+    assert 1e-5 < float(rate) < 1
+    assert not Path("run").exists()
+    main(["train", *arguments, "--out", "run", "--training.learning-rate", rate, "--training.max-steps", "20"])
+    losses = [metrics["loss"] for metrics in RunFolder(Path("run")).metrics()]
+    assert losses[-1] < losses[0]
+
+
+def test_a_run_goes_on_with_a_change_that_is_allowed(
+    tiny_folder: Path, lines: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["train", "--model", str(tiny_folder), "--data", str(lines), "--out", "run", "--training.max-steps", "4"])
+    Path("run/report.html").unlink()
+    main(["train", "--resume", "run", "--training.max-steps", "6", "--allow-changes"])
+    written = capsys.readouterr().err
+    assert "Changed: training.max_steps 4 → 6" in written
+    assert "Going on after step 4 of 6." in written
+    assert [metrics["step"] for metrics in RunFolder(Path("run")).metrics()] == [1, 2, 3, 4, 5, 6]

@@ -11,8 +11,16 @@ from finespun.models.linear_cross_entropy import linear_cross_entropy
 
 
 @settings(max_examples=30, deadline=None)
-@given(tokens=st.integers(1, 30), chunk=st.integers(1, 40), bias=st.booleans(), seed=st.integers(0, 99))
-def test_equals_cross_entropy_of_whole_logits(tokens: int, chunk: int, bias: bool, seed: int) -> None:
+@given(
+    tokens=st.integers(1, 30),
+    chunk=st.integers(1, 40),
+    bias=st.booleans(),
+    softcap=st.none() | st.floats(0.5, 30),
+    seed=st.integers(0, 99),
+)
+def test_equals_cross_entropy_of_whole_logits(
+    tokens: int, chunk: int, bias: bool, softcap: float | None, seed: int
+) -> None:
     torch.manual_seed(seed)
     hidden = torch.randn(tokens, 8, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(23, 8, dtype=torch.float64, requires_grad=True)
@@ -21,11 +29,13 @@ def test_equals_cross_entropy_of_whole_logits(tokens: int, chunk: int, bias: boo
     weights = torch.rand(tokens, dtype=torch.float64)
     inputs = [x for x in (hidden, weight, offset) if x is not None]
 
-    losses = cross_entropy(torch.nn.functional.linear(hidden, weight, offset), targets, reduction="none")
+    logits = torch.nn.functional.linear(hidden, weight, offset)
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    losses = cross_entropy(logits, targets, reduction="none")
     wanted = torch.autograd.grad((losses * weights).sum() * 3, inputs)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "CHUNK_ELEMENTS", chunk * 23)
-        total, each = linear_cross_entropy(hidden, weight, targets, weights, offset)
+        total, each = linear_cross_entropy(hidden, weight, targets, weights, offset, softcap)
     torch.testing.assert_close(each, losses)
     torch.testing.assert_close(total, (losses * weights).sum())
     for found, gradient in zip(torch.autograd.grad(total * 3, inputs), wanted, strict=True):

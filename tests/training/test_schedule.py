@@ -1,14 +1,18 @@
 from __future__ import annotations
 
+import math
+
 import pytest
+import torch
+from transformers import get_scheduler
 
 from finespun.recipe import TrainingRecipe
-from finespun.training.schedule import default_batch_size, default_learning_rate, settle
+from finespun.training.schedule import default_batch_size, default_learning_rate, learning_rate, settle
 
 
 def settled(speed: float = 0.0, examples: int = 240, **recipe: object) -> tuple[int, TrainingRecipe]:
     training = TrainingRecipe(**recipe)
-    steps = settle(training, examples, 200 * examples, 6000, 135_000_000, lambda: speed)
+    steps = settle(training, examples, 200 * examples, 6000, lambda: speed)
     return steps, training
 
 
@@ -36,6 +40,44 @@ def test_batch_size_by_the_number_of_examples(examples: int, expected: int) -> N
 
 
 def test_larger_models_and_full_training_get_smaller_rates() -> None:
-    assert default_learning_rate("full", 135_000_000) == pytest.approx(2e-4)
-    assert default_learning_rate("lora", 135_000_000) == pytest.approx(2e-3)
-    assert default_learning_rate("full", 7_000_000_000) < 5e-5
+    assert default_learning_rate("full", "adamw", 135_000_000)[0] == pytest.approx(2e-4)
+    assert default_learning_rate("lora", "adamw", 135_000_000)[0] == pytest.approx(2e-3)
+    assert default_learning_rate("full", "adamw", 7_000_000_000)[0] < 5e-5
+    rate, why = default_learning_rate("lora", "lion", 135_000_000)
+    assert rate == pytest.approx(4e-4)
+    assert "LoRA" in why
+    assert "Lion" in why
+
+
+def rates(schedule: str, steps: int, warmup: float = 0.0, decay: float = 0.2) -> list[float]:
+    return [learning_rate(step, steps, 1.0, warmup, schedule, decay) for step in range(steps)]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 10, 997])
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant", "warmup-stable-decay"])
+@pytest.mark.parametrize("warmup", [0.0, 0.05, 0.5, 1.0])
+def test_no_step_is_wasted_at_rate_zero_and_the_peak_is_reached(schedule: str, steps: int, warmup: float) -> None:
+    found = rates(schedule, steps, warmup)
+    assert max(found) == 1.0
+    assert min(found) > 0.0
+    rising = math.ceil(warmup * steps)
+    assert found[:rising] == [(step + 1) / rising for step in range(rising)]
+    assert found[rising:] == sorted(found[rising:], reverse=True)
+
+
+@pytest.mark.parametrize("steps", [7, 100])
+def test_schedules_are_those_of_transformers_one_step_of_warmup_ahead(steps: int) -> None:
+    """transformers begins the warm-up at rate 0, which trains nothing; behind it both fall alike, to the same 0 after
+    the last step."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    for name in ("cosine", "linear"):
+        theirs = get_scheduler(name, optimizer, num_warmup_steps=0, num_training_steps=steps)
+        factor = theirs.lr_lambdas[0]
+        assert rates(name, steps) == pytest.approx([factor(step) for step in range(steps)])
+        assert factor(steps) == pytest.approx(0.0)
+
+
+def test_warmup_stable_decay_stays_at_the_peak_and_then_falls_like_one_minus_a_root() -> None:
+    found = rates("warmup-stable-decay", 100, warmup=0.1, decay=0.2)
+    assert found[10:81] == [1.0] * 71
+    assert found[81:] == pytest.approx([1 - math.sqrt(passed / 20) for passed in range(1, 20)])

@@ -18,6 +18,7 @@ from finespun.data.templates import Encoder
 from finespun.errors import DataError
 from finespun.generation.sampling import Chooser
 from finespun.generation.settings import Sampling
+from finespun.models.adapters import soft_prompt_cache
 from finespun.models.load import LoadedModel
 
 BATCH = 16
@@ -129,8 +130,9 @@ def _continue(loaded: LoadedModel, encoder: Encoder, batch: list[_Sequence], sam
     mask = torch.tensor(
         [[0] * pad + [1] * len(sequence.prompt) for pad, sequence in zip(pads, batch, strict=True)], device=device
     )
-    cache = DynamicCache(config=loaded.causal_lm.config)
     model = loaded.causal_lm
+    cache, before = soft_prompt_cache(loaded.model, len(batch)) or (DynamicCache(config=model.config), 0)
+    mask = torch.cat([mask.new_ones(len(batch), before), mask], dim=1)
     while batch:
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         output = model(

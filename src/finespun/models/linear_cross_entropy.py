@@ -15,6 +15,16 @@ CHUNK_ELEMENTS = 6_000_000
 """Logits held at a time: 24 MB in float32."""
 
 
+def accumulation_type(dtype: torch.dtype) -> torch.dtype:
+    """What losses and gradients of `dtype` are added up in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def capped(logits: torch.Tensor, softcap: float) -> torch.Tensor:
+    """`logits` held between ±`softcap`."""
+    return softcap * torch.tanh(logits / softcap)
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -24,10 +34,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         bias: torch.Tensor | None,
         targets: torch.Tensor,
         loss_weights: torch.Tensor,
+        softcap: float | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         rows = max(1, CHUNK_ELEMENTS // weight.shape[0])
-        accumulate = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        accumulate = accumulation_type(hidden.dtype)
         losses = torch.empty(len(hidden), dtype=accumulate, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=accumulate) if needs_weight else None
@@ -35,6 +46,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
             logits = torch.nn.functional.linear(hidden[part], weight, bias).to(accumulate)
+            if softcap:
+                logits = capped(logits, softcap)
+                slope = 1 - (logits / softcap).square()
             target = targets[part, None]
             # One pass of log-sum-exp; the logits then become their own gradient in place.
             log_z = torch.logsumexp(logits, dim=-1, keepdim=True)
@@ -43,6 +57,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 continue
             gradient = logits.sub_(log_z).exp_()
             gradient.scatter_add_(1, target, gradient.new_full(target.shape, -1.0))
+            if softcap:
+                gradient.mul_(slope)
             gradient = gradient.mul_(loss_weights[part, None]).to(hidden.dtype)
             if grad_hidden is not None:
                 grad_hidden[part] = gradient @ weight
@@ -65,7 +81,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None if gradient is None else (gradient * scale).to(dtype)
             for gradient, dtype in zip(ctx.saved_tensors, ctx.types, strict=True)
         ]
-        return *scaled, None, None
+        return *scaled, None, None, None
 
 
 def linear_cross_entropy(
@@ -74,10 +90,12 @@ def linear_cross_entropy(
     targets: torch.Tensor,
     loss_weights: torch.Tensor,
     bias: torch.Tensor | None = None,
+    softcap: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Σ loss_weight × −log softmax(hidden @ weightᵀ + bias)[target], and the unweighted losses.
+    """Σ loss_weight × −log softmax(hidden @ weightᵀ + bias)[target], and the unweighted losses. With `softcap`,
+    logits x become softcap × tanh(x / softcap), as in Gemma 2.
 
     `hidden` is `[tokens, dim]`, `weight` `[vocab, dim]`, `bias` `[vocab]`, `targets` and `loss_weights` `[tokens]`.
     Returns the weighted sum (a scalar, differentiable once) and the losses in nats `[tokens]` (without gradient).
     """
-    return _LinearCrossEntropy.apply(hidden, weight, bias, targets, loss_weights)
+    return _LinearCrossEntropy.apply(hidden, weight, bias, targets, loss_weights, softcap)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import json
 import time
 import warnings
@@ -17,6 +18,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -51,6 +53,8 @@ class LoadedModel:
     tokenizer: PreTrainedTokenizerBase
     base_name: str
     base_path: Path
+    pissa_start: dict[str, torch.Tensor] | None = None
+    """What an adapter began as that took this out of the weights; `unroll_pissa` puts it back."""
 
     @property
     def causal_lm(self) -> PreTrainedModel:
@@ -67,8 +71,10 @@ class LoadedModel:
 
     @property
     def context_length(self) -> int:
-        """Longest sequence the model was made for, in tokens; 2048 where its config does not say."""
-        return _context_length(self.causal_lm.config)
+        """Longest sequence the model was made for, in tokens, without a soft prompt before it; 2048 where its config
+        does not say."""
+        before = getattr(self.model.active_peft_config, "num_virtual_tokens", None) if self.has_adapter else None
+        return _context_length(self.causal_lm.config) - (before or 0)
 
 
 def default_device() -> torch.device:
@@ -93,6 +99,15 @@ def faster_precision(device: torch.device) -> Precision:
     return "bfloat16" if seconds[torch.float32] > 1.5 * seconds[torch.bfloat16] else "float32"
 
 
+def compute_in(model: Any, dtype: torch.dtype) -> Any:
+    """Converts the weights of `model` to `dtype`, in place. Buffers keep theirs: the frequencies of rotary positions,
+    rounded to bfloat16, would put far tokens in the wrong place. Quantized weights stay quantized."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and parameter.dtype != dtype:
+            parameter.data = parameter.data.to(dtype)
+    return model
+
+
 @contextmanager
 def quiet_transformers() -> Generator[None]:
     """Inside, transformers draws no progress bars and says nothing below an error: what matters is said by finespun."""
@@ -110,11 +125,16 @@ def quiet_transformers() -> Generator[None]:
 
 
 @quiet_transformers()
-def load_model(name: str, precision: Precision | None = None, device: torch.device | None = None) -> LoadedModel:
+def load_model(
+    name: str, precision: Precision | None = None, device: torch.device | None = None, four_bits: bool = False
+) -> LoadedModel:
     """The model called `name`: a known name, hub id, model folder, run folder, adapter folder, or `.gguf` file.
 
     A model that finespun trained computes in the precision it was trained in, so that it writes the same texts; any
-    other, and a bfloat16 one where bfloat16 is slow, in the faster one. Raises `ModelNotFound` and `ModelError`.
+    other, and a bfloat16 one where bfloat16 is slow, in the faster one. With `four_bits` the matrices between
+    embeddings and head are kept as 4-bit NormalFloats (Dettmers et al. 2023, arXiv:2305.14314) and made large again in
+    each product; an adapter that was trained beside such a model gets one again. Raises `ModelNotFound` and
+    `ModelError`.
     """
     device = device or default_device()
     location = locate(name)
@@ -126,11 +146,12 @@ def load_model(name: str, precision: Precision | None = None, device: torch.devi
     dtype: torch.dtype = getattr(torch, precision)
     if location.kind == "gguf":
         model, tokenizer = _load_gguf(location.path)
-        loaded = LoadedModel(model.to(dtype), tokenizer, name, location.path)
+        compute_in(model, dtype)
+        loaded = LoadedModel(model, tokenizer, name, location.path)
     elif (location.path / "adapter_config.json").is_file():
-        loaded = _load_adapter(location.path, origin, precision, device)
+        loaded = _load_adapter(location.path, origin, precision, device, four_bits)
     else:
-        loaded = _load_folder(location, origin, dtype)
+        loaded = _load_folder(location, origin, dtype, four_bits)
     loaded.model.to(device)
     loaded.model.eval()
     return loaded
@@ -175,9 +196,13 @@ def save_model(loaded: LoadedModel, stop_ids: Sequence[int], folder: Path) -> No
     model = loaded.causal_lm
     model.generation_config.eos_token_id = list(stop_ids)
     model.generation_config.pad_token_id = loaded.tokenizer.eos_token_id
-    origin = {"precision": str(model.dtype).removeprefix("torch.")}
+    origin: dict[str, Any] = {"precision": str(model.dtype).removeprefix("torch.")}
     if loaded.has_adapter:
-        origin |= {"base_name": loaded.base_name, "base_sha256": weights_sha256(loaded.base_path)}
+        origin |= {
+            "base_name": loaded.base_name,
+            "base_sha256": weights_sha256(loaded.base_path),
+            "four_bits": getattr(model, "is_quantized", False),
+        }
     with new_folder(folder) as new:
         # an adapter holds the rows of new tokens; peft would add the whole embeddings of a model that has grown
         loaded.model.save_pretrained(new, **({"save_embedding_layers": False} if loaded.has_adapter else {}))
@@ -186,7 +211,7 @@ def save_model(loaded: LoadedModel, stop_ids: Sequence[int], folder: Path) -> No
         (new / ORIGIN_FILE).write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
 
 
-def read_origin(path: Path) -> dict[str, str]:
+def read_origin(path: Path) -> dict[str, Any]:
     """What finespun wrote beside a model's weights; empty for any other model."""
     file = path / ORIGIN_FILE
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
@@ -213,7 +238,7 @@ def convert_packaged(location: Location) -> Location:
     return Location(location.name, target, "folder")
 
 
-def _load_folder(location: Location, origin: dict[str, str], dtype: torch.dtype) -> LoadedModel:
+def _load_folder(location: Location, origin: dict[str, Any], dtype: torch.dtype, four_bits: bool) -> LoadedModel:
     if "weights_sha256" in origin and weights_sha256(location.path) != origin["weights_sha256"]:
         raise ModelError(
             f"{location.path}: the converted weights are damaged (their SHA-256 is not the recorded one). "
@@ -221,10 +246,23 @@ def _load_folder(location: Location, origin: dict[str, str], dtype: torch.dtype)
         )
     try:
         tokenizer = _load_tokenizer(location.path)
-        model = AutoModelForCausalLM.from_pretrained(str(location.path), dtype=dtype, use_safetensors=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            str(location.path),
+            dtype=dtype,
+            use_safetensors=True,
+            quantization_config=_four_bits(dtype) if four_bits else None,
+        )
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"{location.path}: cannot be loaded as a causal language model: {error}") from error
     return LoadedModel(model, tokenizer, location.name, location.path)
+
+
+def _four_bits(dtype: torch.dtype) -> BitsAndBytesConfig:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ModelError("4 bits need the package bitsandbytes: pip install 'finespun[qlora]'")
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
 
 
 def _load_tokenizer(folder: Path, **options: str) -> PreTrainedTokenizerBase:
@@ -251,11 +289,13 @@ def _load_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     return plain, tokenizer
 
 
-def _load_adapter(folder: Path, origin: dict[str, str], precision: Precision, device: torch.device) -> LoadedModel:
-    from peft import PeftModel
+def _load_adapter(
+    folder: Path, origin: dict[str, Any], precision: Precision, device: torch.device, four_bits: bool
+) -> LoadedModel:
+    from peft import PeftConfig, PeftModel
 
     name = _base_of(folder, origin)
-    base = load_model(name, precision, device)
+    base = load_model(name, precision, device, four_bits or origin.get("four_bits", False))
     if "base_sha256" in origin and weights_sha256(base.base_path) != origin["base_sha256"]:
         raise ModelError(
             f"{folder}: this adapter was trained on other weights of {name} than those in {base.base_path}; it "
@@ -263,11 +303,13 @@ def _load_adapter(folder: Path, origin: dict[str, str], precision: Precision, de
         )
     tokenizer = _load_tokenizer(folder)
     grow_vocabulary(LoadedModel(base.model, tokenizer, base.base_name, base.base_path))
-    model = PeftModel.from_pretrained(base.model, str(folder), autocast_adapter_dtype=False)
-    return LoadedModel(model.to(base.model.dtype), tokenizer, base.base_name, base.base_path)
+    trainable = not PeftConfig.from_pretrained(str(folder)).is_prompt_learning  # peft refuses that for a soft prompt
+    model = PeftModel.from_pretrained(base.model, str(folder), is_trainable=trainable, autocast_adapter_dtype=False)
+    compute_in(model, base.model.dtype)
+    return LoadedModel(model, tokenizer, base.base_name, base.base_path)
 
 
-def _base_of(adapter: Path, origin: dict[str, str]) -> str:
+def _base_of(adapter: Path, origin: dict[str, Any]) -> str:
     from peft import PeftConfig
 
     name = origin.get("base_name") or PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path

@@ -1,7 +1,8 @@
 """Checkpoints: all that a run needs to go on as if it had never stopped.
 
 `checkpoints/step-000123/` holds `weights.safetensors` (what is trained, float32), `optimizer.safetensors` and
-`state.json` with their SHA-256. Order and data position need no file: they are a function of the seed and the step.
+`state.json` with their SHA-256. Order, data position, noise and learning rate need no file: they are functions of the
+seed and the step.
 A folder with that name is complete, since it gets the name last; one whose files changed later is not used.
 """
 
@@ -22,9 +23,11 @@ from finespun.models.catalog import file_sha256
 
 @dataclass(frozen=True)
 class TrainingState:
-    """Where a run stands after `step` steps; `best_loss` is the lowest validation loss so far (nats a token)."""
+    """Where a run stands after `step` steps; `best_loss` is the lowest validation loss so far (nats a token).
+    `micro_batch_tokens` is what fits into memory, where that has turned out to be less than was planned."""
 
     step: int = 0
+    micro_batch_tokens: int | None = None
     best_step: int | None = None
     best_loss: float | None = None
 
@@ -44,9 +47,13 @@ class Checkpoint:
 
 
 def save_checkpoint(
-    folder: Path, state: TrainingState, weights: dict[str, torch.Tensor], moments: dict[str, torch.Tensor]
+    folder: Path,
+    state: TrainingState,
+    weights: dict[str, torch.Tensor],
+    moments: dict[str, torch.Tensor],
+    keep: int = 1,
 ) -> None:
-    """Writes a checkpoint under `folder`, then removes all but the newest and the best one.
+    """Writes a checkpoint under `folder`, then removes all but the `keep` newest and the best one.
 
     Raises `RunError` where the disk does not take it; the earlier ones are then still there.
     """
@@ -58,8 +65,10 @@ def save_checkpoint(
         (new / "state.json").write_text(
             json.dumps({**asdict(state), "sha256": hashes}, indent=2) + "\n", encoding="utf-8"
         )
-    for path in folder.glob("step-*"):
-        if path not in (_path(folder, state.step), _path(folder, state.best_step)):
+    for torn in folder.glob(".step-*"):  # what a killed process left behind
+        shutil.rmtree(torn, ignore_errors=True)
+    for path in sorted(folder.glob("step-*"))[:-keep]:
+        if path != _path(folder, state.best_step):
             shutil.rmtree(path)
 
 

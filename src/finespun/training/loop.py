@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import isfinite, nan
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -24,11 +24,13 @@ import torch
 from finespun.data.packing import micro_batches, pack, step_indices
 from finespun.data.templates import TokenizedExample
 from finespun.data.tokens import Share
-from finespun.errors import TrainingDiverged, TrainingInterrupted
-from finespun.recipe import TrainingRecipe
+from finespun.errors import OutOfMemory, TrainingDiverged, TrainingInterrupted
+from finespun.models.gradient_checkpointing import gradient_checkpointing
+from finespun.recipe import Optimizer, Recipe, Schedule, TrainingRecipe
 from finespun.training.checkpoint import Checkpoint, TrainingState, best_checkpoint, save_checkpoint
-from finespun.training.objectives.causal_lm import CausalLM
-from finespun.training.optim import MasterAdamW
+from finespun.training.memory import is_out_of_memory, memory_limit, smaller_micro_batch
+from finespun.training.objectives.causal_lm import CausalLM, EmbeddingNoise
+from finespun.training.optim import MasterOptimizer
 from finespun.training.progress import Reporter
 from finespun.training.schedule import learning_rate
 
@@ -45,23 +47,39 @@ class ResolvedTraining:
 
     steps: int
     batch_size: int
+    optimizer: Optimizer
     learning_rate: float
+    schedule: Schedule
     warmup: float
+    decay: float
     weight_decay: float
     max_gradient_norm: float
+    neftune_alpha: float | None
+    ema_decay: float | None
+    early_stopping: int | None
     validate_every: int
     save_every: int
+    keep_checkpoints: int
     micro_batch_tokens: int
+    gradient_checkpointing: Literal["off", "selective", "full"]
+    memory_limit_gb: float | None
     compute_dtype: torch.dtype
+    b_rate_ratio: float
     seed: int
 
     @classmethod
-    def from_recipe(cls, recipe: TrainingRecipe, steps: int) -> ResolvedTraining:
+    def from_recipe(cls, recipe: Recipe, steps: int) -> ResolvedTraining:
         """Takes the fields of the same names; all of them must have been decided."""
+        training = recipe.training
         values: dict[str, Any] = {
-            name: getattr(recipe, name) for name in cls.__dataclass_fields__ if name in TrainingRecipe.model_fields
+            name: getattr(training, name) for name in cls.__dataclass_fields__ if name in TrainingRecipe.model_fields
         }
-        return cls(steps=steps, compute_dtype=getattr(torch, recipe.precision or "float32"), **values)
+        return cls(
+            steps=steps,
+            compute_dtype=getattr(torch, training.precision or "float32"),
+            b_rate_ratio=recipe.lora.b_rate_ratio,
+            **values,
+        )
 
 
 def train(
@@ -84,7 +102,9 @@ def train(
     from one of them, bit for bit as if it had not stopped. Raises `TrainingDiverged` for a loss or gradient that is
     not finite, and `TrainingInterrupted`, after saving, when SIGINT or SIGTERM came.
     """
-    optimizer = MasterAdamW(model, recipe.weight_decay, recipe.compute_dtype)
+    optimizer = MasterOptimizer(
+        model, recipe.optimizer, recipe.weight_decay, recipe.compute_dtype, recipe.ema_decay, recipe.b_rate_ratio
+    )
     state = TrainingState()
     best: ExampleLosses | None = None
     if resume:
@@ -93,12 +113,43 @@ def train(
     batches = step_indices(len(examples), recipe.batch_size, recipe.seed, state.step, mixture)
     steps_per_epoch = -(-(sum(share.draws for share in mixture) or len(examples)) // recipe.batch_size)
 
-    with stop_requests() as stop, reporter.start(state.step, recipe.steps):
+    with (
+        stop_requests() as stop,
+        memory_limit(recipe.memory_limit_gb),
+        gradient_checkpointing(objective.decoder, recipe.gradient_checkpointing),
+        reporter.start(state.step, recipe.steps),
+    ):
         for step in range(state.step + 1, recipe.steps + 1):
             started = time.perf_counter()
             batch = [examples[index] for index in next(batches)]
-            loss = accumulate_gradients(objective, batch, recipe.micro_batch_tokens)
-            rate = learning_rate(step - 1, recipe.steps, recipe.learning_rate, recipe.warmup)
+            noise = EmbeddingNoise(recipe.neftune_alpha, recipe.seed, step) if recipe.neftune_alpha else None
+            while True:
+                size = min(recipe.micro_batch_tokens, state.micro_batch_tokens or recipe.micro_batch_tokens)
+                try:
+                    loss = accumulate_gradients(objective, batch, size, noise)
+                    break
+                except (MemoryError, RuntimeError) as error:
+                    optimizer.forget_gradients()
+                    if not is_out_of_memory(error):
+                        raise
+                    smaller = smaller_micro_batch(batch, size)
+                    if smaller is None:
+                        if state.step:
+                            save_checkpoint(checkpoints, state, *optimizer.state(), keep=recipe.keep_checkpoints)
+                        longest = max(batch, key=lambda example: len(example.input_ids))
+                        raise OutOfMemory(
+                            f"Step {step}: {longest.origin} with its {len(longest.input_ids)} tokens does not fit into "
+                            "memory by itself. Set training.gradient_checkpointing to full, lower data.max_length, or "
+                            f"choose training.method lora. {state.step} steps are saved."
+                        ) from None
+                    state = replace(state, micro_batch_tokens=smaller)
+                    reporter.say(
+                        f"Step {step} did not fit into memory; it is taken again in parts of at most "
+                        f"{state.micro_batch_tokens} tokens."
+                    )
+            rate = learning_rate(
+                step - 1, recipe.steps, recipe.learning_rate, recipe.warmup, recipe.schedule, recipe.decay
+            )
             norm = optimizer.step(rate, recipe.max_gradient_norm) if isfinite(loss) else nan
             if not isfinite(norm):
                 raise diverged(objective, batch, step, loss, norm, checkpoints)
@@ -115,30 +166,44 @@ def train(
             state = replace(state, step=step)
             last = step == recipe.steps
             if validation and (last or step % recipe.validate_every == 0):
-                losses = example_losses(objective, validation, recipe.micro_batch_tokens)
+                with optimizer.evaluating():
+                    losses = example_losses(objective, validation, size)
                 metrics["validation_loss"] = weighted_mean(losses)
                 if state.best_loss is None or metrics["validation_loss"] < state.best_loss:
                     state, best = replace(state, best_step=step, best_loss=metrics["validation_loss"]), losses
+                worse_for = (step - (state.best_step or 0)) // recipe.validate_every
+                last = last or worse_for >= (recipe.early_stopping or recipe.steps)
             on_step(metrics)
             reporter.step(metrics, recipe.steps)
             if last or stop.is_set() or state.best_step == step or step % recipe.save_every == 0:
-                save_checkpoint(checkpoints, state, *optimizer.state())
-            if stop.is_set() and not last:
+                save_checkpoint(checkpoints, state, *optimizer.state(), keep=recipe.keep_checkpoints)
+            if last:
+                break
+            if stop.is_set():
                 raise TrainingInterrupted(f"Stopped after step {step} of {recipe.steps}, and saved.")
 
     if state.best_step is not None and state.best_step != state.step:
-        optimizer.load_weights(best_checkpoint(checkpoints, state).weights())
+        chosen = best_checkpoint(checkpoints, state)
+        optimizer.load_state(chosen.weights(), chosen.moments())
+    optimizer.settle()
     return state, best
 
 
-def accumulate_gradients(objective: CausalLM, batch: Sequence[TokenizedExample], micro_batch_tokens: int) -> float:
+def accumulate_gradients(
+    objective: CausalLM,
+    batch: Sequence[TokenizedExample],
+    micro_batch_tokens: int,
+    noise: EmbeddingNoise | None = None,
+) -> float:
     """Adds the gradient of the batch's mean loss to the parameters; returns that loss, nats per unit of weight."""
     device = next(objective.model.parameters()).device
     total_weight = sum(_weight(example) for example in batch)
     loss = 0.0
     for group in micro_batches(batch, micro_batch_tokens):
-        result = objective(pack(group).to(device), loss_scale=1 / total_weight)
-        result.weighted_sum.backward()
+        added = noise(group, objective.embedding_dim) if noise else None
+        with objective.packing():  # the backward pass too, which may compute layers again
+            result = objective(pack(group).to(device), loss_scale=1 / total_weight, noise=added)
+            result.weighted_sum.backward()
         loss += float(result.weighted_sum.detach())
     return loss
 

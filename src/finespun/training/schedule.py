@@ -5,13 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from finespun.recipe import TrainingRecipe
+from finespun.recipe import Method, Optimizer, Schedule, TrainingRecipe
 
 VALIDATIONS = 10
 VALIDATION_SHARE = 0.1
 """A run that does not say how often validates ten times, or as often as takes a tenth of its time."""
-
-MICRO_BATCH_TOKENS = 2048
 
 
 def total_steps(examples: int, batch_size: int, epochs: float, max_steps: int | None = None) -> int:
@@ -20,20 +18,54 @@ def total_steps(examples: int, batch_size: int, epochs: float, max_steps: int | 
     return min(steps, max_steps) if max_steps else steps
 
 
-def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
-    """Rate of `step` (from 0) of `steps`: linear up to `peak` over the share `warmup`, then half a cosine towards 0
-    (Loshchilov & Hutter 2017, arXiv:1608.03983), which it would reach one step after the last."""
+def learning_rate(step: int, steps: int, peak: float, warmup: float, schedule: Schedule, decay: float) -> float:
+    """Rate of `step` (from 0) of `steps`: linear up to `peak` over the share `warmup`, then as `schedule` says.
+
+    What falls would reach 0 one step after the last, so that no step is taken at rate 0: half a cosine (Loshchilov &
+    Hutter 2017, arXiv:1608.03983), a line, or `peak` until the share `decay` is left and then 1 - sqrt of how much of
+    that has passed (Hägele et al. 2024, arXiv:2405.18392).
+    """
     rising = math.ceil(warmup * steps)
     if step < rising:
         return peak * (step + 1) / rising
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
+    falls_from = max(rising, steps - math.ceil(decay * steps)) if schedule == "warmup-stable-decay" else rising
+    passed = max(0, step - falls_from) / max(1, steps - falls_from)
+    match schedule:
+        case "cosine":
+            return peak * 0.5 * (1 + math.cos(math.pi * passed))
+        case "linear":
+            return peak * (1 - passed)
+        case "warmup-stable-decay":
+            return peak * (1 - math.sqrt(passed))
+        case "constant":
+            return peak
 
 
-def default_learning_rate(method: str, parameters: int) -> float:
-    """Peak rate where a recipe gives none: smaller for larger models, ten times higher for LoRA, whose update starts
-    at zero and is scaled down by its rank."""
-    full = 2e-4 * (135e6 / max(parameters, 10e6)) ** 0.5
-    return float(f"{full * (10 if method == 'lora' else 1):.1e}")
+METHOD_RATES: dict[Method, tuple[float, str]] = {
+    "full": (1.0, ""),
+    "lora": (10.0, "ten times that of all weights, since the update of LoRA starts at zero and is scaled down"),
+    "qlora": (10.0, "ten times that of all weights, since the update of LoRA starts at zero and is scaled down"),
+    "prompt-tuning": (100.0, "a hundred times that of all weights, since a few vectors have to do it all"),
+    "prefix-tuning": (30.0, "thirty times that of all weights, since a few vectors have to do it all"),
+}
+OPTIMIZER_RATES: dict[Optimizer, tuple[float, str]] = {
+    "adamw": (1.0, ""),
+    "adamw-8bit": (1.0, ""),
+    "muon": (1.0, "Muon's updates are scaled to the size of AdamW's"),
+    "schedule-free-adamw": (2.0, "twice AdamW's, since it averages"),
+    "lion": (0.2, "a fifth of AdamW's, since each of Lion's steps moves each weight by the whole rate"),
+    "adafactor": (40.0, "relative to the size of each weight matrix, as Adafactor takes it"),
+}
+
+
+def default_learning_rate(method: Method, optimizer: Optimizer, parameters: int) -> tuple[float, str]:
+    """Peak rate where a recipe gives none, and the reason: smaller for larger models, higher for few parameters."""
+    by_size = 2e-4 * (135e6 / max(parameters, 10e6)) ** 0.5
+    (by_method, why_method), (by_optimizer, why_optimizer) = METHOD_RATES[method], OPTIMIZER_RATES[optimizer]
+    reasons = [f"2e-4 for 135 M parameters, falling with the root of their number: {by_size:.1e}"]
+    return float(f"{by_size * by_method * by_optimizer:.1e}"), "; ".join(
+        filter(None, [*reasons, why_method, why_optimizer])
+    )
 
 
 def default_batch_size(examples: int) -> int:
@@ -46,17 +78,15 @@ def settle(
     examples: int,
     tokens: int,
     validation_tokens: int,
-    parameters: int,
     tokens_per_second: Callable[[], float],
 ) -> int:
-    """Decides what `recipe` leaves open and returns the number of steps.
+    """Decides what `recipe` leaves open but for rate, precision and micro-batch, and returns the number of steps.
 
-    There are `examples` of `tokens` to train and `validation_tokens` to validate on; the model has so many
-    `parameters`. A time limit becomes a number of steps by the speed that is measured when it is needed.
+    There are `examples` of `tokens` to train and `validation_tokens` to validate on. A time limit becomes a number of
+    steps by the speed that is measured when it is needed.
     """
     recipe.batch_size = recipe.batch_size or default_batch_size(examples)
-    recipe.learning_rate = recipe.learning_rate or default_learning_rate(recipe.method, parameters)
-    recipe.micro_batch_tokens = recipe.micro_batch_tokens or MICRO_BATCH_TOKENS
+    recipe.schedule = recipe.schedule or ("constant" if recipe.optimizer == "schedule-free-adamw" else "cosine")
     step_tokens = tokens * min(1, recipe.batch_size / examples)
     if recipe.max_minutes is not None:
         fitting = max(1, int(recipe.max_minutes * 60 * tokens_per_second() / step_tokens))
