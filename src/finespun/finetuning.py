@@ -23,13 +23,14 @@ from finespun.data.prepare import Tokens, encode_texts, encoder_for
 from finespun.data.sources import Items, MemoryRows, read_standard_input, to_jsonl
 from finespun.data.templates import Encoder, TokenizedExample
 from finespun.data.texts import HELD_OUT, Texts, read_texts
-from finespun.errors import DataError, OutOfMemory, RunError, TrainingInterrupted
+from finespun.errors import DataError, OutOfMemory, RecipeError, RunError, TrainingInterrupted
 from finespun.evaluation.perplexity import perplexity, perplexity_ratio
 from finespun.files import copy_file, data_cache, forget_old, hash_of, write_text
 from finespun.generation.engine import generate
 from finespun.generation.settings import Sampling
 from finespun.models.adapters import unroll_pissa
 from finespun.models.catalog import locate, weights_sha256
+from finespun.models.compilation import can_compile
 from finespun.models.load import (
     LoadedModel,
     compute_in,
@@ -239,6 +240,10 @@ def _prepare(recipe: Recipe, texts: Texts, reporter: Reporter) -> _Prepared:
     tokens = encode_texts(texts, encoder, recipe.data, loaded.context_length)
     objective = CausalLM(loaded.model)
     settings.precision = settings.precision or faster_precision(loaded.device)
+    if settings.compile is None:
+        settings.compile = loaded.device.type == "cuda" and can_compile(loaded.device)
+    elif settings.compile and not can_compile(loaded.device):
+        raise RecipeError("training.compile: needs Triton on a GPU, or a C++ compiler (g++, clang++) on a CPU.")
     why_rate = ""
     if settings.learning_rate is None:
         settings.learning_rate, why_rate = default_learning_rate(settings.method, settings.optimizer, parameters)

@@ -77,8 +77,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         scale = gradients[0]
+        scales = scale.is_cuda or float(scale) != 1.0  # looking at it would make a GPU wait
         scaled = [
-            None if gradient is None else (gradient * scale).to(dtype)
+            None if gradient is None else (gradient * scale if scales else gradient).to(dtype)
             for gradient, dtype in zip(ctx.saved_tensors, ctx.types, strict=True)
         ]
         return *scaled, None, None, None

@@ -25,6 +25,7 @@ from finespun.data.packing import micro_batches, pack, step_indices
 from finespun.data.templates import TokenizedExample
 from finespun.data.tokens import Share
 from finespun.errors import OutOfMemory, TrainingDiverged, TrainingInterrupted
+from finespun.models.compilation import compile_parts
 from finespun.models.gradient_checkpointing import gradient_checkpointing
 from finespun.recipe import Optimizer, Recipe, Schedule, TrainingRecipe
 from finespun.training.checkpoint import Checkpoint, TrainingState, best_checkpoint, save_checkpoint
@@ -62,6 +63,7 @@ class ResolvedTraining:
     keep_checkpoints: int
     micro_batch_tokens: int
     gradient_checkpointing: Literal["off", "selective", "full"]
+    compile: bool
     memory_limit_gb: float | None
     compute_dtype: torch.dtype
     b_rate_ratio: float
@@ -105,6 +107,8 @@ def train(
     optimizer = MasterOptimizer(
         model, recipe.optimizer, recipe.weight_decay, recipe.compute_dtype, recipe.ema_decay, recipe.b_rate_ratio
     )
+    if recipe.compile:
+        compile_parts(objective.decoder)
     state = TrainingState()
     best: ExampleLosses | None = None
     if resume:

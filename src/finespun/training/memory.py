@@ -31,10 +31,11 @@ from finespun.recipe import Optimizer, TrainingRecipe
 from finespun.training.objectives.causal_lm import CausalLM
 
 SIZES = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
-"""Micro-batches that are tried out, in tokens."""
+"""Micro-batches to choose from, in tokens."""
 
-BETTER = 1.03
-"""A larger micro-batch is taken where it is at least so much faster."""
+EFFICIENT = 0.95
+"""The micro-batch is the smallest of these that spends so much of its time on its tokens. The rest is what each one
+costs whatever its size: adding up gradients that are as large as the model."""
 
 HEADROOM = 0.9
 """Share of the free memory that a plan uses: what is freed is not always where it is needed."""
@@ -249,13 +250,15 @@ def _measured(objective: CausalLM, examples: Sequence[TokenizedExample], recipe:
 
 
 def _measure(objective: CausalLM, examples: Sequence[TokenizedExample], recipe: TrainingRecipe) -> Measured:
-    """Tries out the last layer and the last two, which stand for all: they are alike."""
+    """Bytes by the last layer and the last two, which stand for all: they are alike. Time by two micro-batches of
+    different size."""
     layers = decoder_layers(objective.decoder)
     # layers before the first that is trained keep nothing
     begins_with = objective.model.get_input_embeddings(), *layers
     kept = min(len(layers), sum(1 for _ in dropwhile(lambda module: not _has_gradient(module), begins_with)))
     small, large = SIZES[0] // 2, SIZES[0]
-    tried = compute_in(deepcopy(layers[-2:]), getattr(torch, recipe.precision or "float32"))
+    dtype = getattr(torch, recipe.precision or "float32")
+    tried = compute_in(deepcopy(layers[-2:]), dtype)
     with _layers(objective.decoder, tried), gradient_checkpointing(tried, recipe.gradient_checkpointing):
         _pass(objective, _batch_of(examples, small, objective), tried)
         peaks = {
@@ -264,20 +267,37 @@ def _measure(objective: CausalLM, examples: Sequence[TokenizedExample], recipe: 
             for number in (1, 2)
         }
         one, two = ((peaks[number, large] - peaks[number, small]) / (large - small) for number in (1, 2))
-        fastest, best = SIZES[0], 0.0
-        for size in SIZES:
-            batch = _batch_of(examples, size, objective)
-            try:
-                speed = batch.tokens / min(_seconds(objective, batch, tried[1:]) for _ in range(3))
-            except (MemoryError, RuntimeError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                break
-            if speed < BETTER * best:
-                break
-            fastest, best = size, speed
+    same = objective.model.dtype == dtype
+    timed = objective if same else CausalLM(compute_in(deepcopy(objective.outer), dtype))
+    with gradient_checkpointing(timed.decoder, recipe.gradient_checkpointing):
+        fastest = _fastest(timed, examples)
     objective.outer.zero_grad(set_to_none=True)
     return Measured(fixed=max(0.0, peaks[1, small] - one * small), each=one + (two - one) * (kept - 1), fastest=fastest)
+
+
+def _fastest(objective: CausalLM, examples: Sequence[TokenizedExample]) -> int:
+    """The smallest micro-batch that is efficient, from a line through the times of two."""
+    more = 16 if objective.model.device.type == "cuda" else 1  # a GPU is not busy with so few
+    small, large = SIZES[0] // 2 * more, SIZES[0] * 3 // 2 * more
+    try:
+        _seconds(objective, _batch_of(examples, small, objective))  # the first pass of a process is slower
+        times = [_seconds(objective, _batch_of(examples, size, objective)) for size in (small, large)]
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return SIZES[0]
+    each = max(1e-9, (times[1] - times[0]) / (large - small))
+    constant = max(0.0, times[0] - each * small)
+    return next((size for size in SIZES if each * size >= EFFICIENT * (each * size + constant)), SIZES[-1])
+
+
+def _seconds(objective: CausalLM, batch: PackedBatch) -> float:
+    started = time.perf_counter()
+    with objective.packing():
+        objective(batch).weighted_sum.backward()
+    if batch.input_ids.is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
 
 
 def _has_gradient(module: torch.nn.Module) -> bool:
@@ -306,14 +326,6 @@ def _pass(objective: CausalLM, batch: PackedBatch, layers: torch.nn.ModuleList) 
     with _layers(objective.decoder, layers), objective.packing():
         hidden = objective.hidden_states(batch, inputs_embeds=embeddings)
         hidden.square().mean().backward()
-
-
-def _seconds(objective: CausalLM, batch: PackedBatch, layers: torch.nn.ModuleList) -> float:
-    started = time.perf_counter()
-    _pass(objective, batch, layers)
-    if batch.input_ids.is_cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
 
 
 def _peak(batch: PackedBatch, work: Callable[[], None]) -> int:
