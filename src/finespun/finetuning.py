@@ -49,7 +49,7 @@ from finespun.training.memory import MemoryPlan, keep_freed_memory, plan_memory
 from finespun.training.objectives.causal_lm import CausalLM
 from finespun.training.progress import Reporter, duration
 from finespun.training.rate_search import STEPS, chart, search_rate
-from finespun.training.schedule import default_learning_rate, settle
+from finespun.training.schedule import default_batch_size, default_learning_rate, settle
 from finespun.training.trackers import Trackers, check_installed
 
 Sample = dict[str, Any]
@@ -247,11 +247,13 @@ def _prepare(recipe: Recipe, texts: Texts, reporter: Reporter) -> _Prepared:
     why_rate = ""
     if settings.learning_rate is None:
         settings.learning_rate, why_rate = default_learning_rate(settings.method, settings.optimizer, parameters)
+    examples = sum(share.draws for share in tokens.mixture) or len(tokens.train)
+    settings.batch_size = settings.batch_size or default_batch_size(examples)
     memory = plan_memory(objective, tokens.train, settings, longest=int(tokens.train.lengths.max()))
     settings.micro_batch_tokens = memory.micro_batch_tokens
     steps = settle(
         settings,
-        examples=sum(share.draws for share in tokens.mixture) or len(tokens.train),
+        examples=examples,
         tokens=int(tokens.train.lengths.sum()),
         validation_tokens=int(tokens.validation.lengths.sum()),
         tokens_per_second=lambda: _speed(objective, tokens.train, settings),

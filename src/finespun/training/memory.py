@@ -208,16 +208,21 @@ def plan_memory(
     room = HEADROOM * available - rest - measured.fixed
     fitting = int(room / max(1.0, measured.each))
     chosen = recipe.micro_batch_tokens or max(1, min(measured.fastest, fitting))
+    of_batch = _average_length(examples) * (recipe.batch_size or chosen)
     return MemoryPlan(
         program=program,
         weights=weights,
         gradients=4 * numbers,
         optimizer=int(optimizer),
-        activations=int(measured.fixed + measured.each * max(longest, chosen)),
+        activations=int(measured.fixed + measured.each * max(longest, min(chosen, of_batch))),
         loss=loss,
         available=available,
         micro_batch_tokens=chosen,
     )
+
+
+def _average_length(examples: Sequence[TokenizedExample]) -> int:
+    return sum(len(example.input_ids) for example in examples[:100]) // len(examples[:100])
 
 
 def _of_one(objective: CausalLM, examples: Sequence[TokenizedExample]) -> Measured:
@@ -231,12 +236,11 @@ def _of_one(objective: CausalLM, examples: Sequence[TokenizedExample]) -> Measur
 def _measured(objective: CausalLM, examples: Sequence[TokenizedExample], recipe: TrainingRecipe) -> Measured:
     """Measures once for a model on a machine; later runs read it, so that they also cut their batches alike."""
     device = next(objective.model.parameters()).device
-    average = sum(len(example.input_ids) for example in examples[:100]) // len(examples[:100])
     depends_on = [
         objective.model.config.to_dict(),
         sum(parameter.numel() for parameter in objective.outer.parameters() if parameter.requires_grad),
         [recipe.method, recipe.precision, recipe.gradient_checkpointing],
-        average.bit_length(),
+        _average_length(examples).bit_length(),
         [str(device), torch.get_num_threads(), torch.__version__, platform.node()],
     ]
     place = data_cache() / "speed" / f"{hash_of(depends_on)}.json"
