@@ -9,13 +9,26 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
+from conftest import sentences
+from finespun.data.formats import PromptExample
 from finespun.data.readers import Origin
-from finespun.data.templates import TokenizedExample
+from finespun.data.templates import Encoder, TokenizedExample
+from finespun.models.load import LoadedModel
 
 
 def tokenized(ids: Sequence[int], weights: Sequence[float], origin: Origin) -> TokenizedExample:
     """An example of given ids and weights."""
     return TokenizedExample(np.array(ids, dtype=np.int32), np.array(weights, dtype=np.float32), origin)
+
+
+def encoded(loaded: LoadedModel, count: int = 9) -> list[TokenizedExample]:
+    """Prompt examples of different lengths."""
+    encoder = Encoder(loaded.tokenizer)
+    texts = sentences(2 * count)
+    return [
+        encoder.encode_example(PromptExample(texts[2 * i], texts[2 * i + 1] * (1 + i % 3), Origin("test", i + 1)))[0]
+        for i in range(count)
+    ]
 
 
 def losses_one_by_one(model: PreTrainedModel, examples: Sequence[TokenizedExample]) -> tuple[torch.Tensor, float]:

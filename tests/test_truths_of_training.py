@@ -24,7 +24,7 @@ from finespun import finetuning
 from finespun.data.formats import Message, MessagesExample, PromptExample, TextExample
 from finespun.data.packing import step_indices
 from finespun.data.readers import BadRow, Origin
-from finespun.data.templates import Encoder, LengthLimit, TokenizedExample
+from finespun.data.templates import Encoder, LengthLimit
 from finespun.data.texts import HELD_OUT, read_texts
 from finespun.errors import TrainingInterrupted
 from finespun.models.load import LoadedModel, load_model
@@ -34,19 +34,9 @@ from finespun.training.loop import accumulate_gradients, example_losses, weighte
 from finespun.training.objectives.causal_lm import CausalLM
 from finespun.training.progress import Reporter
 from finespun.training.schedule import learning_rate, total_steps
-from reference import gradients, losses_one_by_one, tokenized
+from reference import encoded, gradients, losses_one_by_one, tokenized
 
 HERE = Origin("test", 1)
-
-
-def encoded(tiny: LoadedModel, count: int = 7) -> list[TokenizedExample]:
-    """Prompt examples of different lengths."""
-    encoder = Encoder(tiny.tokenizer)
-    texts = sentences(2 * count)
-    return [
-        encoder.encode_example(PromptExample(texts[2 * i], texts[2 * i + 1] * (1 + i % 3), Origin("test", i + 1)))[0]
-        for i in range(count)
-    ]
 
 
 # 1

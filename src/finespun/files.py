@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,17 @@ def forget_old(cache: Path) -> None:
     for entry in cache.iterdir() if cache.is_dir() else ():
         if entry.stat().st_mtime < limit:
             shutil.rmtree(entry, ignore_errors=True) if entry.is_dir() else entry.unlink(missing_ok=True)
+
+
+def remembered(place: Path, make: Callable[[], Any]) -> Any:
+    """What `make` gives, which JSON can hold: kept in the file `place` of the cache and read from there later."""
+    if not place.is_file():
+        made = make()
+        place.parent.mkdir(parents=True, exist_ok=True)
+        forget_old(place.parent)
+        write_text(place, json.dumps(made))
+    place.touch()
+    return json.loads(place.read_text(encoding="utf-8"))
 
 
 def hash_of(parts: Any) -> str:

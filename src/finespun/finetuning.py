@@ -3,9 +3,7 @@ is written."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from copy import deepcopy
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -25,7 +23,7 @@ from finespun.data.templates import Encoder, TokenizedExample
 from finespun.data.texts import HELD_OUT, Texts, read_texts
 from finespun.errors import DataError, OutOfMemory, RecipeError, RunError, TrainingInterrupted
 from finespun.evaluation.perplexity import perplexity, perplexity_ratio
-from finespun.files import copy_file, data_cache, forget_old, hash_of, write_text
+from finespun.files import copy_file, data_cache, hash_of, remembered, write_text
 from finespun.generation.engine import generate
 from finespun.generation.settings import Sampling
 from finespun.models.adapters import unroll_pissa
@@ -33,7 +31,6 @@ from finespun.models.catalog import locate, weights_sha256
 from finespun.models.compilation import can_compile
 from finespun.models.load import (
     LoadedModel,
-    compute_in,
     faster_precision,
     grow_vocabulary,
     load_model,
@@ -204,8 +201,7 @@ def plan(recipe: Recipe, reporter: Reporter | None = None) -> list[str]:
     recipe = recipe.model_copy(deep=True)
     run = _prepare(recipe, read_texts(recipe.data), reporter or Reporter())
     settings, tokens = recipe.training, run.tokens
-    examples = sum(share.draws for share in tokens.mixture) or len(tokens.train)
-    passes = run.steps / ceil(examples / (settings.batch_size or 1))
+    passes = run.steps / ceil(tokens.drawn / (settings.batch_size or 1))
     trained = passes * int(tokens.train.lengths.sum())
     validations = run.steps // (settings.validate_every or run.steps)
     speed = _speed(run.objective, tokens.train, settings)
@@ -247,13 +243,12 @@ def _prepare(recipe: Recipe, texts: Texts, reporter: Reporter) -> _Prepared:
     why_rate = ""
     if settings.learning_rate is None:
         settings.learning_rate, why_rate = default_learning_rate(settings.method, settings.optimizer, parameters)
-    examples = sum(share.draws for share in tokens.mixture) or len(tokens.train)
-    settings.batch_size = settings.batch_size or default_batch_size(examples)
+    settings.batch_size = settings.batch_size or default_batch_size(tokens.drawn)
     memory = plan_memory(objective, tokens.train, settings, longest=int(tokens.train.lengths.max()))
     settings.micro_batch_tokens = memory.micro_batch_tokens
     steps = settle(
         settings,
-        examples=examples,
+        examples=tokens.drawn,
         tokens=int(tokens.train.lengths.sum()),
         validation_tokens=int(tokens.validation.lengths.sum()),
         tokens_per_second=lambda: _speed(objective, tokens.train, settings),
@@ -344,24 +339,19 @@ def _measured_before(run: _Prepared, micro_batch_tokens: int, reporter: Reporter
     computed_by = [str(loaded.device), str(loaded.causal_lm.dtype), torch.__version__, version("transformers")]
     asked = run.recipe.samples.model_dump()
     place = data_cache() / "before" / f"{hash_of([run.weights, run.tokens.folder.name, asked, computed_by])}.json"
-    if not place.is_file():
+
+    def measure() -> dict[str, Any]:
         reporter.say("Measuring the model as it is")
         losses = example_losses(run.objective, run.tokens.validation, micro_batch_tokens)
-        samples = _write_out(_sample_prompts(run), "before", run)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        forget_old(place.parent)
-        write_text(place, json.dumps({"losses": losses, "samples": samples}))
-    place.touch()
-    kept = json.loads(place.read_text(encoding="utf-8"))
+        return {"losses": losses, "samples": _write_out(_sample_prompts(run), "before", run)}
+
+    kept = remembered(place, measure)
     return tuple(kept["losses"]), kept["samples"]
 
 
 def _speed(objective: CausalLM, examples: Sequence[TokenizedExample], recipe: TrainingRecipe) -> float:
-    """Tokens a second in the run's own precision. The model is still float32, since the optimizer takes its masters
-    from it; where the run computes in another type, a copy is timed."""
-    dtype = getattr(torch, recipe.precision or "float32")
-    if objective.model.dtype != dtype:
-        objective = CausalLM(compute_in(deepcopy(objective.outer), dtype))
+    """Tokens a second in the run's own precision."""
+    objective = objective.computing_in(getattr(torch, recipe.precision or "float32"))
     return tokens_per_second(objective, examples, recipe.batch_size or 1, recipe.micro_batch_tokens or 1)
 
 

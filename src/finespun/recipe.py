@@ -260,6 +260,9 @@ class TrainingRecipe(Section):
             raise ValueError("schedule-free-adamw averages the weights itself: leave `ema_decay` out")
         if self.freeze and self.method != "full":
             raise ValueError(f"`freeze` is for method full; {self.method} leaves all of the model as it is")
+        if self.gradient_checkpointing != "off" and self.method in ("prompt-tuning", "prefix-tuning"):
+            # layers computed again would put the prompt's keys and values into the cache a second time
+            raise ValueError(f"`gradient_checkpointing` does not go with {self.method}: leave it off")
         return self
 
 

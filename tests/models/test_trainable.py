@@ -167,6 +167,7 @@ def test_what_cannot_be_frozen_is_refused(tiny: LoadedModel, what: list[str], me
     [
         ({"method": "lora", "freeze": ["embeddings"]}, "method full"),
         ({"method": "lora", "lora": {"dora": True, "initial": "pissa"}}, "choose one"),
+        ({"method": "prefix-tuning", "gradient_checkpointing": "full"}, "leave it off"),
         ({"optimizer": "schedule-free-adamw", "schedule": "cosine"}, "leave `schedule` out"),
         ({"optimizer": "schedule-free-adamw", "ema_decay": 0.9}, "leave `ema_decay` out"),
     ],

@@ -9,10 +9,7 @@ import torch
 
 from conftest import sentences
 from finespun import finetuning
-from finespun.data.formats import PromptExample
 from finespun.data.packing import pack
-from finespun.data.readers import Origin
-from finespun.data.templates import Encoder, TokenizedExample
 from finespun.errors import OutOfMemory, RunError
 from finespun.models.gradient_checkpointing import gradient_checkpointing
 from finespun.models.load import LoadedModel, compute_in, load_model
@@ -23,18 +20,9 @@ from finespun.training.checkpoint import newest_checkpoint
 from finespun.training.loop import ResolvedTraining, accumulate_gradients, train
 from finespun.training.objectives.causal_lm import CausalLM, EmbeddingNoise
 from finespun.training.progress import Reporter
-from reference import gradients, losses_one_by_one
+from reference import encoded, gradients, losses_one_by_one
 
 QUIET = Reporter(quiet=True)
-
-
-def encoded(loaded: LoadedModel, count: int = 9) -> list[TokenizedExample]:
-    encoder = Encoder(loaded.tokenizer)
-    texts = sentences(2 * count)
-    return [
-        encoder.encode_example(PromptExample(texts[2 * i], texts[2 * i + 1] * (1 + i % 3), Origin("test", i + 1)))[0]
-        for i in range(count)
-    ]
 
 
 def recipe(tiny_folder: Path, out: str, **keywords: object) -> Recipe:

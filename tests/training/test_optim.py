@@ -90,11 +90,15 @@ def wide() -> Sequential:
     return Sequential(Embedding(11, 128), LayerNorm(128), Linear(128, 64))
 
 
+def regression_step(model: Sequential, step: int) -> None:
+    torch.manual_seed(step)
+    target = torch.randn(7, model[2].out_features).to(model[2].weight.dtype)
+    (model(torch.randint(0, 11, (7,))) - target).square().mean().backward()
+
+
 def trained(optimizer: MasterOptimizer, model: Sequential, steps: range) -> None:
     for step in steps:
-        torch.manual_seed(step)
-        target = torch.randn(7, model[2].out_features).to(model[2].weight.dtype)
-        (model(torch.randint(0, 11, (7,))) - target).square().mean().backward()
+        regression_step(model, step)
         optimizer.step(1e-3, 1.0)
 
 
@@ -152,9 +156,7 @@ def test_muon_turns_hidden_matrices_and_adamw_the_rest() -> None:
     adamw = torch.optim.AdamW(rest, lr=1e-3, weight_decay=0.0)
     trained(optimizer, ours, range(4))
     for step in range(4):
-        torch.manual_seed(step)
-        target = torch.randn(7, 64)
-        (theirs(torch.randint(0, 11, (7,))) - target).square().mean().backward()
+        regression_step(theirs, step)
         torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
         muon.step()
         adamw.step()
@@ -192,9 +194,7 @@ def test_schedule_free_is_judged_by_its_average() -> None:
     reference = ScheduleFreeAdamW(other.parameters(), lr=1e-3)
     trained(optimizer, model, range(5))
     for step in range(5):
-        torch.manual_seed(step)
-        target = torch.randn(7, 64)
-        (other(torch.randint(0, 11, (7,))) - target).square().mean().backward()
+        regression_step(other, step)
         torch.nn.utils.clip_grad_norm_(other.parameters(), 1.0)
         reference.step()
         reference.zero_grad()

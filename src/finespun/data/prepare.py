@@ -56,6 +56,11 @@ class Tokens:
     mixture: list[Share]
     folder: Path
 
+    @property
+    def drawn(self) -> int:
+        """Training examples that an epoch takes."""
+        return sum(share.draws for share in self.mixture) or len(self.train)
+
 
 def encoder_for(texts: Texts, tokenizer: PreTrainedTokenizerBase, recipe: DataRecipe) -> Encoder:
     """How a model with `tokenizer` is prompted with `texts`, which is settled in `recipe` and left in the tokenizer's

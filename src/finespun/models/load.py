@@ -145,6 +145,8 @@ def load_model(
         precision = "float32" if origin.get("precision") == "float32" else faster_precision(device)
     dtype: torch.dtype = getattr(torch, precision)
     if location.kind == "gguf":
+        if four_bits:
+            raise ModelError(f"{location.path}: 4 bits are made of a model folder, not of a .gguf file.")
         model, tokenizer = _load_gguf(location.path)
         compute_in(model, dtype)
         loaded = LoadedModel(model, tokenizer, name, location.path)

@@ -102,7 +102,8 @@ def train(
     `mixture` says how many of which examples an epoch takes, where it is not each once.
     `on_step` gets the metrics of each step. Checkpoints go to the folder `checkpoints`; with `resume` the run goes on
     from one of them, bit for bit as if it had not stopped. Raises `TrainingDiverged` for a loss or gradient that is
-    not finite, and `TrainingInterrupted`, after saving, when SIGINT or SIGTERM came.
+    not finite, `TrainingInterrupted`, after saving, when SIGINT or SIGTERM came, and `OutOfMemory`, after saving, for
+    an example that does not fit by itself.
     """
     optimizer = MasterOptimizer(
         model, recipe.optimizer, recipe.weight_decay, recipe.compute_dtype, recipe.ema_decay, recipe.b_rate_ratio
@@ -127,30 +128,16 @@ def train(
             started = time.perf_counter()
             batch = [examples[index] for index in next(batches)]
             noise = EmbeddingNoise(recipe.neftune_alpha, recipe.seed, step) if recipe.neftune_alpha else None
-            while True:
+            try:
                 size = min(recipe.micro_batch_tokens, state.micro_batch_tokens or recipe.micro_batch_tokens)
-                try:
-                    loss = accumulate_gradients(objective, batch, size, noise)
-                    break
-                except (MemoryError, RuntimeError) as error:
-                    optimizer.forget_gradients()
-                    if not is_out_of_memory(error):
-                        raise
-                    smaller = smaller_micro_batch(batch, size)
-                    if smaller is None:
-                        if state.step:
-                            save_checkpoint(checkpoints, state, *optimizer.state(), keep=recipe.keep_checkpoints)
-                        longest = max(batch, key=lambda example: len(example.input_ids))
-                        raise OutOfMemory(
-                            f"Step {step}: {longest.origin} with its {len(longest.input_ids)} tokens does not fit into "
-                            "memory by itself. Set training.gradient_checkpointing to full, lower data.max_length, or "
-                            f"choose training.method lora. {state.step} steps are saved."
-                        ) from None
-                    state = replace(state, micro_batch_tokens=smaller)
-                    reporter.say(
-                        f"Step {step} did not fit into memory; it is taken again in parts of at most "
-                        f"{state.micro_batch_tokens} tokens."
-                    )
+                loss, fitting = fitting_gradients(objective, optimizer, batch, size, noise)
+            except OutOfMemory as error:
+                if state.step:
+                    save_checkpoint(checkpoints, state, *optimizer.state(), keep=recipe.keep_checkpoints)
+                raise OutOfMemory(f"Step {step}: {error} {state.step} steps are saved.") from None
+            if fitting < size:
+                state = replace(state, micro_batch_tokens=fitting)
+                reporter.say(f"Step {step} did not fit into memory and was taken in parts of at most {fitting} tokens.")
             rate = learning_rate(
                 step - 1, recipe.steps, recipe.learning_rate, recipe.warmup, recipe.schedule, recipe.decay
             )
@@ -171,7 +158,7 @@ def train(
             last = step == recipe.steps
             if validation and (last or step % recipe.validate_every == 0):
                 with optimizer.evaluating():
-                    losses = example_losses(objective, validation, size)
+                    losses = example_losses(objective, validation, fitting)
                 metrics["validation_loss"] = weighted_mean(losses)
                 if state.best_loss is None or metrics["validation_loss"] < state.best_loss:
                     state, best = replace(state, best_step=step, best_loss=metrics["validation_loss"]), losses
@@ -191,6 +178,32 @@ def train(
         optimizer.load_state(chosen.weights(), chosen.moments())
     optimizer.settle()
     return state, best
+
+
+def fitting_gradients(
+    objective: CausalLM,
+    optimizer: MasterOptimizer,
+    batch: Sequence[TokenizedExample],
+    micro_batch_tokens: int,
+    noise: EmbeddingNoise | None,
+) -> tuple[float, int]:
+    """What `accumulate_gradients` gives, from the beginning and in halves for as long as memory runs out, and the size
+    at which it did not. Raises `OutOfMemory` where that is one example alone."""
+    while True:
+        try:
+            return accumulate_gradients(objective, batch, micro_batch_tokens, noise), micro_batch_tokens
+        except (MemoryError, RuntimeError) as error:
+            optimizer.forget_gradients()
+            if not is_out_of_memory(error):
+                raise
+        smaller = smaller_micro_batch(batch, micro_batch_tokens)
+        if smaller is None:
+            longest = max(batch, key=lambda example: len(example.input_ids))
+            raise OutOfMemory(
+                f"{longest.origin} with its {len(longest.input_ids)} tokens does not fit into memory by itself. Set "
+                "training.gradient_checkpointing to full, lower data.max_length, or choose training.method lora."
+            )
+        micro_batch_tokens = smaller
 
 
 def accumulate_gradients(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import json
 import platform
 import time
 import weakref
@@ -23,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from finespun.data.packing import PackedBatch, pack
 from finespun.data.templates import TokenizedExample
-from finespun.files import data_cache, forget_old, hash_of, write_text
+from finespun.files import data_cache, hash_of, remembered
 from finespun.models.gradient_checkpointing import decoder_layers, gradient_checkpointing
 from finespun.models.linear_cross_entropy import CHUNK_ELEMENTS
 from finespun.models.load import compute_in
@@ -87,7 +86,10 @@ def memory_limit(gigabytes: float | None) -> Generator[None]:
     if torch.cuda.is_available():
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, gigabytes * 1e9 / total))
-        yield
+        try:
+            yield
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0)
         return
     try:
         import resource
@@ -244,13 +246,7 @@ def _measured(objective: CausalLM, examples: Sequence[TokenizedExample], recipe:
         [str(device), torch.get_num_threads(), torch.__version__, platform.node()],
     ]
     place = data_cache() / "speed" / f"{hash_of(depends_on)}.json"
-    if not place.is_file():
-        found = _measure(objective, examples, recipe)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        forget_old(place.parent)
-        write_text(place, json.dumps(asdict(found)))
-    place.touch()
-    return Measured(**json.loads(place.read_text(encoding="utf-8")))
+    return Measured(**remembered(place, lambda: asdict(_measure(objective, examples, recipe))))
 
 
 def _measure(objective: CausalLM, examples: Sequence[TokenizedExample], recipe: TrainingRecipe) -> Measured:
@@ -271,8 +267,7 @@ def _measure(objective: CausalLM, examples: Sequence[TokenizedExample], recipe: 
             for number in (1, 2)
         }
         one, two = ((peaks[number, large] - peaks[number, small]) / (large - small) for number in (1, 2))
-    same = objective.model.dtype == dtype
-    timed = objective if same else CausalLM(compute_in(deepcopy(objective.outer), dtype))
+    timed = objective.computing_in(dtype)
     with gradient_checkpointing(timed.decoder, recipe.gradient_checkpointing):
         fastest = _fastest(timed, examples)
     objective.outer.zero_grad(set_to_none=True)

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from finespun.data.packing import step_indices
 from finespun.data.templates import TokenizedExample
 from finespun.errors import TrainingDiverged
-from finespun.training.loop import ResolvedTraining, accumulate_gradients
+from finespun.models.gradient_checkpointing import gradient_checkpointing
+from finespun.training.loop import ResolvedTraining, fitting_gradients
 from finespun.training.objectives.causal_lm import CausalLM
 from finespun.training.optim import MasterOptimizer
 
@@ -54,7 +55,9 @@ def search_rate(
     average = 0.0
     for step in range(STEPS):
         rate = lowest * 10 ** (DECADES * step / (STEPS - 1))
-        loss = accumulate_gradients(objective, [examples[index] for index in next(batches)], recipe.micro_batch_tokens)
+        batch = [examples[index] for index in next(batches)]
+        with gradient_checkpointing(objective.decoder, recipe.gradient_checkpointing):
+            loss, _ = fitting_gradients(objective, optimizer, batch, recipe.micro_batch_tokens, None)
         average = SMOOTHING * average + (1 - SMOOTHING) * loss
         smoothed = average / (1 - SMOOTHING ** (step + 1))
         if not math.isfinite(smoothed):

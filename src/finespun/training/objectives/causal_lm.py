@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import deepcopy
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -21,6 +22,7 @@ from finespun.files import hash_of
 from finespun.models.adapters import has_soft_prompt, head_weight, soft_prompt_cache
 from finespun.models.attention import packed, packs_exactly, plan_packing
 from finespun.models.linear_cross_entropy import accumulation_type, capped, linear_cross_entropy
+from finespun.models.load import compute_in
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,10 @@ class CausalLM:
             hidden[trained], matrix, targets, weights, getattr(self.head, "bias", None), self.logit_softcap
         )
         return BatchLoss(weighted_sum, losses, weights, examples)
+
+    def computing_in(self, dtype: torch.dtype) -> CausalLM:
+        """Itself, or a copy in another type to measure with: the optimizer takes its masters from the model itself."""
+        return self if self.model.dtype == dtype else CausalLM(compute_in(deepcopy(self.outer), dtype))
 
     def packing(self) -> AbstractContextManager[None]:
         """Inside, the model takes packed rows."""
