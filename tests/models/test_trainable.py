@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import finespun
 from conftest import sentences
 from finespun.errors import ModelError, RecipeError
-from finespun.models.load import LoadedModel
+from finespun.models.load import LoadedModel, load_model
 from finespun.models.trainable import freeze, make_trainable
 from finespun.recipe import Recipe
 from finespun.runs import RunFolder
@@ -182,3 +182,9 @@ def test_another_kind_of_adapter_beside_the_first_is_refused(tiny_folder: Path, 
     with pytest.raises(RecipeError, match=r"adapter of kind LORA.*prompt-tuning.*merge_adapter"):
         finespun.finetune(data=ROWS, model="first", max_steps=1, quiet=True, out="second", method="prompt-tuning")
     assert not Path("second").exists()
+
+
+def test_a_gguf_file_is_not_taken_for_qlora_instead_of_training_it_whole(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").touch()
+    with pytest.raises(ModelError, match="not of a .gguf file"):
+        load_model(str(tmp_path / "model.gguf"), four_bits=True)
