@@ -186,5 +186,5 @@ def test_another_kind_of_adapter_beside_the_first_is_refused(tiny_folder: Path, 
 
 def test_a_gguf_file_is_not_taken_for_qlora_instead_of_training_it_whole(tmp_path: Path) -> None:
     (tmp_path / "model.gguf").touch()
-    with pytest.raises(ModelError, match="not of a .gguf file"):
+    with pytest.raises(ModelError, match=r"not of a \.gguf file"):
         load_model(str(tmp_path / "model.gguf"), four_bits=True)
