@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from copy import deepcopy
 from itertools import pairwise
 
 import pytest
@@ -32,6 +33,7 @@ from finespun.data.packing import pack
 from finespun.data.readers import Origin
 from finespun.models import attention
 from finespun.models.attention import packed_attention, plan_packing
+from finespun.models.load import LoadedModel, compute_in
 from finespun.training.objectives.causal_lm import CausalLM
 from reference import gradients, losses_one_by_one, tokenized
 
@@ -186,3 +188,15 @@ def test_loss_and_gradient_equal_transformers_own_for(name: str) -> None:
         torch.testing.assert_close(
             found[key], gradient, rtol=precision, atol=precision, msg=lambda text, key=key: f"{key}: {text}"
         )
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_what_can_be_packed_is_told_in_bfloat16_too(name: str) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(ARCHITECTURES[name]).bfloat16().eval()
+    assert bool(CausalLM(model).why_slow) == (name in ("bloom", "cohere", "granite"))
+
+
+def test_the_real_model_is_packed_in_bfloat16(smollm2_shared: LoadedModel) -> None:
+    """Its first tokens, markers that it was hardly trained on, have hidden states that bfloat16 changes completely."""
+    assert CausalLM(compute_in(deepcopy(smollm2_shared.model), torch.bfloat16)).why_slow is None

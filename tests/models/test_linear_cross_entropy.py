@@ -14,12 +14,13 @@ from finespun.models.linear_cross_entropy import linear_cross_entropy
 @given(
     tokens=st.integers(1, 30),
     chunk=st.integers(1, 40),
+    piece=st.integers(1, 40),
     bias=st.booleans(),
     softcap=st.none() | st.floats(0.5, 30),
     seed=st.integers(0, 99),
 )
 def test_equals_cross_entropy_of_whole_logits(
-    tokens: int, chunk: int, bias: bool, softcap: float | None, seed: int
+    tokens: int, chunk: int, piece: int, bias: bool, softcap: float | None, seed: int
 ) -> None:
     torch.manual_seed(seed)
     hidden = torch.randn(tokens, 8, dtype=torch.float64, requires_grad=True)
@@ -34,7 +35,8 @@ def test_equals_cross_entropy_of_whole_logits(
     losses = cross_entropy(logits, targets, reduction="none")
     wanted = torch.autograd.grad((losses * weights).sum() * 3, inputs)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "CHUNK_ELEMENTS", chunk * 23)
+        patch.setattr(module, "CHUNK_BYTES", chunk * 23 * 8)
+        patch.setattr(module, "PIECE_ELEMENTS", piece * 23)
         total, each = linear_cross_entropy(hidden, weight, targets, weights, offset, softcap)
     torch.testing.assert_close(each, losses)
     torch.testing.assert_close(total, (losses * weights).sum())
@@ -59,7 +61,7 @@ def test_bfloat16_gradients_are_rounded_once_not_summed_in_bfloat16() -> None:
     exact = weight.detach().double().requires_grad_()
     cross_entropy(hidden.double() @ exact.T, targets, reduction="sum").backward()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "CHUNK_ELEMENTS", 50 * 8)
+        patch.setattr(module, "CHUNK_BYTES", 50 * 8 * 2)
         linear_cross_entropy(hidden, weight, targets, weights)[0].backward()
     error = (weight.grad.double() - exact.grad).norm() / exact.grad.norm()
     assert error < 4e-3  # one rounding is 2e-3; 500 chunks summed in bfloat16 give over 2e-2

@@ -24,7 +24,7 @@ from finespun.data.packing import PackedBatch, pack
 from finespun.data.templates import TokenizedExample
 from finespun.files import data_cache, hash_of, remembered
 from finespun.models.gradient_checkpointing import decoder_layers, gradient_checkpointing
-from finespun.models.linear_cross_entropy import CHUNK_ELEMENTS
+from finespun.models.linear_cross_entropy import CHUNK_BYTES
 from finespun.models.load import compute_in
 from finespun.recipe import Optimizer, TrainingRecipe
 from finespun.training.objectives.causal_lm import CausalLM
@@ -203,7 +203,7 @@ def plan_memory(
     )
     program = max(0, memory_in_use(device) - have)
     head = objective.model.get_output_embeddings().weight
-    loss = 8 * CHUNK_ELEMENTS + (4 * head.numel() if head.requires_grad else 0)
+    loss = CHUNK_BYTES + (4 * head.numel() if head.requires_grad else 0)
     rest = program + weights + 4 * numbers + int(optimizer) + loss
     measured = _of_one(objective, examples) if objective.why_slow else _measured(objective, examples, recipe)
     available = memory_available(device, recipe.memory_limit_gb)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from math import isfinite
@@ -16,6 +16,8 @@ from finespun.recipe import Optimizer
 
 AVERAGE = "average"
 """Under this key of a parameter's state stands the moving average of its weights."""
+
+NORM_PIECE = 1 << 18
 
 PACKAGES = {"adamw-8bit": "torchao", "lion": "pytorch-optimizer", "schedule-free-adamw": "pytorch-optimizer"}
 """Optimizers that are not torch's own, and where they come from."""
@@ -33,11 +35,13 @@ class _Kind:
 class MasterOptimizer:
     """Updates the trainable parameters of a model.
 
-    A model that computes in bfloat16 keeps its float32 weights here: each gradient is added in float32 as soon as
-    backward has made it, and the rounded weights are copied back after a step. A float32 model is its own master.
-    Norms, biases and embeddings have no weight decay. With `ema_decay` d, an average of the weights goes 1 - d of the
-    way to the new ones at each step. `b_rate_ratio` multiplies the rate of LoRA's B matrices (LoRA+, Hayou et al.
-    2024, arXiv:2402.12354). Raises `RecipeError` for an optimizer whose package is missing.
+    A model that computes in bfloat16 keeps its float32 weights here: gradients are added up in float32, and the rounded
+    weights are copied back after a step. A float32 model is its own master. Norms, biases and embeddings have no weight
+    decay. With `ema_decay` d, an average of the weights goes 1 - d of the way to the new ones at each step.
+    `b_rate_ratio` multiplies the rate of LoRA's B matrices (LoRA+, Hayou et al. 2024, arXiv:2402.12354). Raises
+    `RecipeError` for an optimizer whose package is missing.
+
+    On a CPU each parameter goes by itself through all that a step does to it, while it is in the cache.
     """
 
     def __init__(
@@ -56,42 +60,38 @@ class MasterOptimizer:
             if parameter.dtype == compute_dtype:
                 self.masters[name] = parameter
             else:
-                self.masters[name] = parameter.detach().clone().float().requires_grad_()
+                self.masters[name] = parameter.detach().float().requires_grad_()
                 self._computing[name] = parameter
         compute_in(model, compute_dtype)
+        self._gradients: dict[str, torch.Tensor] = {}
         for name, parameter in self._computing.items():
-            parameter.register_post_accumulate_grad_hook(_adds_to(self.masters[name]))
+            parameter.register_post_accumulate_grad_hook(self._takes_gradient(name))
         self._kind = kind
         self._ema_decay = ema_decay
         self._averages = {name: master.detach().clone() for name, master in self.masters.items()} if ema_decay else {}
         kinds = _kinds(model, named, b_rate_ratio)
-        groups = [
-            {
-                "params": [self.masters[name] for name in named if kinds[name] == of],
-                "weight_decay": weight_decay if of.decays else 0.0,
-                "rate_ratio": of.rate_ratio,
-                "hidden": of.hidden,
-            }
-            for of in sorted(set(kinds.values()), key=str)
+        self._on_cpu = all(master.device.type == "cpu" for master in self.masters.values())
+        together = [[name] for name in named] if self._on_cpu else [list(named)]
+        self._parts = [
+            (names, _optimizers(kind, _groups(self.masters, names, kinds, weight_decay))) for names in together
         ]
-        self._optimizers = _optimizers(kind, groups)
+        self._room: torch.Tensor | None = None
         self._names = {id(master): name for name, master in self.masters.items()}
 
     @torch.no_grad()
     def step(self, rate: float, max_gradient_norm: float) -> float:
         """One update at learning rate `rate` with the gradient scaled down to `max_gradient_norm`; returns the length
         that the gradient had. A gradient that is not finite changes nothing."""
-        norm = float(torch.nn.utils.clip_grad_norm_(list(self.masters.values()), max_gradient_norm))
+        gradients = {name: gradient for name in self.masters if (gradient := self._gradient(name)) is not None}
+        norm = _norm(gradients.values())
         if isfinite(norm):
-            self._step(rate)
-            for name, average in self._averages.items():
-                average.lerp_(self.masters[name], 1 - (self._ema_decay or 0.0))
-            self._copy_back()
+            self._step(rate, gradients, min(1.0, max_gradient_norm / (norm + 1e-6)))
         self.forget_gradients()
         return norm
 
     def forget_gradients(self) -> None:
         """Drops what has been added up."""
+        self._gradients.clear()
         for master in self.masters.values():
             master.grad = None
 
@@ -105,16 +105,14 @@ class MasterOptimizer:
             self._swap(False)
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        """`(weights, moments)`: the masters by name, and all that the optimizer remembers, by `name/key` for a
-        parameter and `group-N/key` for what is common to some."""
+        """`(weights, moments)`: the masters by name, and by `name/key` all that the optimizer remembers."""
         weights = {name: master.detach() for name, master in self.masters.items()}
         moments = {f"{name}/{AVERAGE}": average for name, average in self._averages.items()}
-        for optimizer in self._optimizers:
-            for master, state in optimizer.state.items():
-                for key, value in state.items():
-                    moments |= _flat(f"{self._names[id(master)]}/{key}", value)
-        for number, key, value in self._common():
-            moments[f"group-{number}/{key}"] = torch.tensor(value, dtype=torch.float64)
+        for name, _, state in self._states():
+            for key, value in state.items():
+                moments |= _flat(f"{name}/{key}", value)
+        for name, group, key in self._counts():
+            moments[f"{name}/group.{key}"] = torch.tensor(group[key], dtype=torch.float64)
         return weights, moments
 
     @torch.no_grad()
@@ -122,68 +120,131 @@ class MasterOptimizer:
         """Takes over what `state` gave. Raises `KeyError` for a parameter that is missing."""
         if moments:
             # a step of length zero makes each optimizer set up its state, whatever that is made of
-            for master in self.masters.values():
-                master.grad = torch.zeros_like(master)
-            self._step(0.0)
+            self._step(0.0, {name: torch.zeros_like(master) for name, master in self.masters.items()})
             self.forget_gradients()
-        for optimizer in self._optimizers:
-            for master, state in optimizer.state.items():
-                for key, value in state.items():
-                    for place, part in _flat(f"{self._names[id(master)]}/{key}", value).items():
-                        part.copy_(moments[place])
-        for number, key, value in self._common():
-            group = self._groups()[number]
-            group[key] = type(value)(moments[f"group-{number}/{key}"].item())
+        for name, _, state in self._states():
+            for key, value in state.items():
+                for place, part in _flat(f"{name}/{key}", value).items():
+                    part.copy_(moments[place])
+        for name, group, key in self._counts():
+            group[key] = type(group[key])(moments[f"{name}/group.{key}"].item())
         for name, average in self._averages.items():
             average.copy_(moments[f"{name}/{AVERAGE}"])
         for name, master in self.masters.items():
             master.copy_(weights[name])
-        self._copy_back()
+        self._copy_back(self._computing)
 
     def settle(self) -> None:
         """Ends training: the weights become those that the run is judged by."""
         self._swap(True)
 
-    def _step(self, rate: float) -> None:
-        for optimizer in self._optimizers:
-            for group in optimizer.param_groups:
-                if isinstance(group["lr"], torch.Tensor):
-                    group["lr"].fill_(rate * group["rate_ratio"])
-                else:
-                    group["lr"] = rate * group["rate_ratio"]
-            with self._stance():
-                optimizer.step()
+    def _takes_gradient(self, name: str) -> Callable[[torch.nn.Parameter], None]:
+        """A hook that takes the gradient which backward has made for a parameter in bfloat16. The first of a step stays
+        as it is; with the second, both become a sum in float32."""
+
+        def hook(parameter: torch.nn.Parameter) -> None:
+            assert parameter.grad is not None
+            before = self._gradients.get(name)
+            self._gradients[name] = parameter.grad if before is None else before.float().add_(parameter.grad)
+            parameter.grad = None
+
+        return hook
+
+    def _gradient(self, name: str) -> torch.Tensor | None:
+        return self._gradients.get(name) if name in self._computing else self.masters[name].grad
+
+    def _step(self, rate: float, gradients: Mapping[str, torch.Tensor], scale: float = 1.0) -> None:
+        """One update with `gradients` times `scale`."""
+        with self._stance():
+            for names, optimizers in self._parts:
+                for name in names:
+                    if (gradient := gradients.get(name)) is not None:
+                        gradient = self._in_float32(gradient)
+                        self.masters[name].grad = gradient.mul_(scale) if scale != 1.0 else gradient
+                for optimizer in optimizers:
+                    for group in optimizer.param_groups:
+                        if isinstance(group["lr"], torch.Tensor):
+                            group["lr"].fill_(rate * group["rate_ratio"])
+                        else:
+                            group["lr"] = rate * group["rate_ratio"]
+                    optimizer.step()
+                for name in names:
+                    self.masters[name].grad = None
+                    if name in self._averages:
+                        self._averages[name].lerp_(self.masters[name], 1 - (self._ema_decay or 0.0))
+                self._copy_back(names)
+
+    def _in_float32(self, gradient: torch.Tensor) -> torch.Tensor:
+        if gradient.dtype == torch.float32 or not self._on_cpu:
+            return gradient.float()
+        # always in the same place: of the kernel, memory for the largest gradient would be a page fault for each 4 KB
+        if self._room is None:
+            self._room = torch.empty(max(parameter.numel() for parameter in self._computing.values()))
+        return self._room[: gradient.numel()].view(gradient.shape).copy_(gradient)
 
     def _stance(self) -> AbstractContextManager[Any]:
         """torchao compiles its step; on a CPU that needs a C++ compiler and takes longer than it ever gives back."""
-        on_cpu = all(master.device.type == "cpu" for master in self.masters.values())
-        return torch.compiler.set_stance("force_eager") if self._kind == "adamw-8bit" and on_cpu else nullcontext()
+        eager = self._kind == "adamw-8bit" and self._on_cpu
+        return torch.compiler.set_stance("force_eager") if eager else nullcontext()
 
     @torch.no_grad()
     def _swap(self, averaged: bool) -> None:
-        for optimizer in self._optimizers:
-            if self._kind == "schedule-free-adamw":
+        if self._kind == "schedule-free-adamw":
+            for optimizer in self._optimizers():
                 switch: Any = optimizer
                 switch.eval() if averaged else switch.train()
         for name, average in self._averages.items():
             weights = self.masters[name].detach().clone()
             self.masters[name].copy_(average)
             average.copy_(weights)
-        self._copy_back()
+        self._copy_back(self._computing)
 
-    def _groups(self) -> list[dict[str, Any]]:
-        return [group for optimizer in self._optimizers for group in optimizer.param_groups]
+    def _optimizers(self) -> Iterator[torch.optim.Optimizer]:
+        for _, optimizers in self._parts:
+            yield from optimizers
 
-    def _common(self) -> Iterable[tuple[int, str, float | int | bool]]:
-        """What the optimizers count for a whole group, not for a parameter."""
-        for number, group in enumerate(self._groups()):
+    def _states(self) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
+        """For each parameter that has been updated its name, its group and what is remembered of it."""
+        for optimizer in self._optimizers():
+            for group in optimizer.param_groups:
+                for master in group["params"]:
+                    yield self._names[id(master)], group, optimizer.state.get(master, {})
+
+    def _counts(self) -> Iterator[tuple[str, dict[str, Any], str]]:
+        """What an optimizer counts for a whole group: saved with each parameter of it, as groups differ by device."""
+        for name, group, _ in self._states():
             for key in ("step", "weight_sum", "lr_max"):
                 if isinstance(group.get(key), float | int):
-                    yield number, key, group[key]
+                    yield name, group, key
 
-    def _copy_back(self) -> None:
-        for name, parameter in self._computing.items():
-            parameter.data.copy_(self.masters[name])
+    def _copy_back(self, names: Iterable[str]) -> None:
+        for name in names:
+            if name in self._computing:
+                self._computing[name].data.copy_(self.masters[name])
+
+
+def _norm(gradients: Iterable[torch.Tensor]) -> float:
+    """The length of all together. In pieces: a sum of ten million squares in float32 is off by a thousandth."""
+    norms = [
+        torch.linalg.vector_norm(piece, dtype=torch.float32)
+        for gradient in gradients
+        for piece in gradient.flatten().split(NORM_PIECE)
+    ]
+    return float(torch.stack(norms).double().norm()) if norms else 0.0
+
+
+def _groups(
+    masters: Mapping[str, torch.Tensor], names: Sequence[str], kinds: Mapping[str, _Kind], weight_decay: float
+) -> list[dict[str, Any]]:
+    return [
+        {
+            "params": [masters[name] for name in names if kinds[name] == kind],
+            "weight_decay": weight_decay if kind.decays else 0.0,
+            "rate_ratio": kind.rate_ratio,
+            "hidden": kind.hidden,
+        }
+        for kind in sorted({kinds[name] for name in names}, key=str)
+    ]
 
 
 def _kinds(model: Any, named: Mapping[str, torch.nn.Parameter], b_rate_ratio: float) -> dict[str, _Kind]:
@@ -249,13 +310,3 @@ def _flat(name: str, value: Any) -> dict[str, torch.Tensor]:
         parts, _ = value.__tensor_flatten__()
         return {f"{name}.{part}": getattr(value, part) for part in parts}
     return {name: value}
-
-
-def _adds_to(master: torch.Tensor):  # noqa: ANN202  # torch's own hook type is not public
-    def hook(parameter: torch.Tensor) -> None:
-        assert parameter.grad is not None
-        gradient = parameter.grad.float()
-        master.grad = gradient if master.grad is None else master.grad.add_(gradient)
-        parameter.grad = None
-
-    return hook

@@ -97,7 +97,11 @@ class CausalLM:
 
     def computing_in(self, dtype: torch.dtype) -> CausalLM:
         """Itself, or a copy in another type to measure with: the optimizer takes its masters from the model itself."""
-        return self if self.model.dtype == dtype else CausalLM(compute_in(deepcopy(self.outer), dtype))
+        if self.model.dtype == dtype:
+            return self
+        other = CausalLM(compute_in(deepcopy(self.outer), dtype))
+        other.why_slow = self.why_slow  # as for the run itself, which was asked before it was converted
+        return other
 
     def packing(self) -> AbstractContextManager[None]:
         """Inside, the model takes packed rows."""
