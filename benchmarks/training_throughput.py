@@ -1,17 +1,18 @@
 """Training speed and memory beside the peers: same rows, same model, same number of optimizer steps, one after another.
 
     python benchmarks/training_throughput.py --data train.jsonl [--model smollm2-135m | gpt2-124m] [--method full | lora]
-        [--rows 32] [--batch-size 8] [--repeat 2] [--contestants finespun "TRL, defaults" …]
+        [--rows 256] [--batch-size 16] [--repeat 2] [--contestants finespun "TRL, defaults" …]
 
 `--data` is a JSONL file with `prompt` and `completion`, or with `text`. Each contestant runs in a process of its own, in
-turn, so that a machine that slows down slows all of them down.
+turn, so that a machine that slows down slows all of them down. All see the rows in the same order, cut at the same
+length, with the same constant learning rate and no weight decay; only packing puts rows into other steps.
 
 tokens/s    real tokens (no padding, context included) by the wall time from the beginning of the first step to the end
             of the last
 MFU         model FLOPs (those the gradient needs: no products for frozen weights or for tokens without loss, causal
-            attention counted once) by that time, as a share of this machine's best measured matrix product
+            attention counted once) by that time, as a share of the machine's best matrix product, measured before and after
 peak        largest resident set of the process, in MB; on a GPU the most that torch allocated
-loss        nats a token on held-out rows (the 32 behind the training rows), measured by the same code for all
+loss        nats a token on held-out rows (the 64 behind the training rows), measured by the same code for all
 
 What counts are the ratios; absolute numbers are of one machine on one day.
 """
@@ -31,8 +32,9 @@ from pathlib import Path
 from typing import Any
 
 LEARNING_RATE = 2e-4
+SEED = 0
 MAX_LENGTH = 1024
-HELD_OUT = 32
+HELD_OUT = 64
 MODELS = ("smollm2-135m", "gpt2-124m", "llama-1b")
 
 Row = dict[str, str]
@@ -76,7 +78,7 @@ def encode(tokenizer: Any, rows: Sequence[Row]) -> list[Any]:
             if "prompt" in row
             else TextExample(row["text"], origin)
         )
-        found += [part for whole in encoder.encode_example(example) for part in limit.fit(whole)]
+        found += [limit.fit(whole)[0] for whole in encoder.encode_example(example)]
     return found
 
 
@@ -107,8 +109,10 @@ def finespun(model: Any, tokenizer: Any, rows: list[Row], batch_size: int, metho
         learning_rate=LEARNING_RATE,
         save_every=10**9,
         precision=faster_precision(loaded.device),
-        schedule="linear",
+        schedule="constant",
         warmup=0.0,
+        weight_decay=0.0,
+        seed=SEED,
     )
     make_trainable(loaded, recipe)
     objective = CausalLM(loaded.model)
@@ -139,7 +143,7 @@ def plain(model: Any, tokenizer: Any, rows: list[Row], batch_size: int, method: 
         model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
     sequences = [torch.tensor(example.input_ids, dtype=torch.long) for example in encode(tokenizer, rows)]
     model.to(device()).train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], LEARNING_RATE, weight_decay=0.0)
     steps = 0
     started = time.perf_counter()
     for first in range(0, len(sequences), batch_size):
@@ -199,6 +203,8 @@ def trl(bf16: bool | None, packing: bool) -> Callable[..., tuple[Result, Any]]:
                     num_train_epochs=1,
                     per_device_train_batch_size=per_step,
                     learning_rate=LEARNING_RATE,
+                    lr_scheduler_type="constant",
+                    train_sampling_strategy="sequential",
                     max_length=MAX_LENGTH,
                     packing=packing,
                     report_to="none",
@@ -234,18 +240,29 @@ def one(name: str, arguments: argparse.Namespace) -> Result:
 
     with arguments.data.open(encoding="utf-8") as file:
         rows = [json.loads(line) for line, _ in zip(file, range(arguments.rows + HELD_OUT), strict=False)]
+    training, held_out = rows[: arguments.rows], rows[arguments.rows :]
     model, tokenizer = build(arguments.model)
-    peak_product = product_speed()
-    result, trained = CONTESTANTS[name](
-        model, tokenizer, rows[: arguments.rows], arguments.batch_size, arguments.method
-    )
+    product = product_speed()
+    given = training if name == "finespun" else in_finespuns_order(training, arguments.batch_size)
+    result, trained = CONTESTANTS[name](model, tokenizer, given, arguments.batch_size, arguments.method)
     if torch.cuda.is_available():
         peak = torch.cuda.max_memory_allocated() / 1e6
     else:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
-    needed = model_flops(trained, encode(tokenizer, rows[: arguments.rows]), arguments.method)
-    loss = held_out_loss(trained, encode(tokenizer, rows[arguments.rows :]))
-    return result | {"mfu": needed / result["seconds"] / peak_product, "peak": peak, "loss": loss}
+    product = max(product, product_speed())
+    needed = model_flops(trained, encode(tokenizer, training), arguments.method)
+    loss = held_out_loss(trained, encode(tokenizer, held_out))
+    return result | {"mfu": needed / result["seconds"] / product, "peak": peak, "loss": loss}
+
+
+def in_finespuns_order(rows: Sequence[Row], batch_size: int) -> list[Row]:
+    """The rows of its first epoch, step by step."""
+    from itertools import chain, islice
+
+    from finespun.data.packing import step_indices
+
+    steps = islice(step_indices(len(rows), batch_size, SEED), -(-len(rows) // batch_size))
+    return [rows[index] for index in chain.from_iterable(steps)]
 
 
 def product_speed() -> float:
@@ -256,7 +273,7 @@ def product_speed() -> float:
     for dtype in (torch.float32, torch.bfloat16):
         for size in (1024, 4096) if torch.cuda.is_available() else (1024,):
             left, right = (torch.randn(size, size, device=device()).to(dtype) for _ in range(2))
-            for _ in range(3):
+            for _ in range(100):
                 started = time.perf_counter()
                 (left @ right)[0, 0].item()
                 best = max(best, 2 * size**3 / (time.perf_counter() - started))
@@ -301,8 +318,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--model", choices=MODELS, default=MODELS[0])
-    parser.add_argument("--rows", type=int, default=32)
-    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--rows", type=int, default=256)
+    parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--method", choices=("full", "lora"), default="full")
     parser.add_argument("--repeat", type=int, default=2)
     parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
