@@ -50,7 +50,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         accumulate = accumulation_type(hidden.dtype)
         losses = torch.empty(len(hidden), dtype=accumulate, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
-        grad_weight = _zeros_like(weight, len(hidden) <= chunk) if needs_weight else None
+        several = not 0 < len(hidden) <= chunk
+        grad_weight = torch.zeros_like(weight, dtype=accumulate) if needs_weight and several else None
         grad_bias = torch.zeros_like(bias, dtype=accumulate) if bias is not None and needs_bias else None
         for start in range(0, len(hidden), chunk):
             part = slice(start, start + chunk)
@@ -58,7 +59,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             losses[part] = _losses_and_gradient(logits, targets[part], loss_weights[part], softcap)
             if grad_hidden is not None:
                 torch.mm(logits, weight, out=grad_hidden[part])
-            if grad_weight is not None:
+            if needs_weight and not several:
+                grad_weight = logits.T @ hidden
+            elif grad_weight is not None:
                 _add_transposed_product(grad_weight, logits, hidden[part])
             if grad_bias is not None:
                 grad_bias += logits.sum(0, dtype=accumulate)
@@ -102,11 +105,6 @@ def _losses_and_gradient(
         if scores.data_ptr() != piece.data_ptr():
             piece.copy_(scores)
     return torch.cat(losses)
-
-
-def _zeros_like(weight: torch.Tensor, one_product: bool) -> torch.Tensor:
-    """Room for the gradient of `weight`: of its own type where one product fills it, else of one to add up in."""
-    return torch.zeros_like(weight, dtype=weight.dtype if one_product else accumulation_type(weight.dtype))
 
 
 def _add_transposed_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
