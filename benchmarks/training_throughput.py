@@ -3,7 +3,7 @@
     python benchmarks/training_throughput.py --data train.jsonl [--model smollm2-135m | gpt2-124m] [--method full | lora]
         [--rows 256] [--batch-size 16] [--repeat 2] [--contestants finespun "TRL, defaults" …]
 
-`--data` is a JSONL file with `prompt` and `completion`, or with `text`. Each contestant runs in a process of its own, in
+`--data` is a JSONL file with `prompt` and `completion`, or with `text`, of which rows are drawn at random. Each contestant runs in a process of its own, in
 turn, so that a machine that slows down slows all of them down. All see the rows in the same order, cut at the same
 length, with the same constant learning rate and no weight decay; only packing puts rows into other steps.
 
@@ -12,7 +12,7 @@ tokens/s    real tokens (no padding, context included) by the wall time from the
 MFU         model FLOPs (those the gradient needs: no products for frozen weights or for tokens without loss, causal
             attention counted once) by that time, as a share of the machine's best matrix product, measured before and after
 peak        largest resident set of the process, in MB; on a GPU the most that torch allocated
-loss        nats a token on held-out rows (the 64 behind the training rows), measured by the same code for all
+loss        nats a token on 64 held-out rows, drawn with the training rows, measured by the same code for all
 
 What counts are the ratios; absolute numbers are of one machine on one day.
 """
@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import resource
 import statistics
 import subprocess
@@ -31,7 +32,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-LEARNING_RATE = 2e-4
+LEARNING_RATE = 1e-4
 SEED = 0
 MAX_LENGTH = 1024
 HELD_OUT = 64
@@ -239,7 +240,8 @@ def one(name: str, arguments: argparse.Namespace) -> Result:
     import torch
 
     with arguments.data.open(encoding="utf-8") as file:
-        rows = [json.loads(line) for line, _ in zip(file, range(arguments.rows + HELD_OUT), strict=False)]
+        rows = [json.loads(line) for line in file]
+    rows = random.Random(SEED).sample(rows, arguments.rows + HELD_OUT)
     training, held_out = rows[: arguments.rows], rows[arguments.rows :]
     model, tokenizer = build(arguments.model)
     product = product_speed()

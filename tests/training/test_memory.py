@@ -88,7 +88,11 @@ def test_the_parts_of_the_plan_are_what_they_say(tiny: LoadedModel) -> None:
     assert plans["bfloat16", "adamw", None].weights == 6 * numbers, "computing in bfloat16, masters in float32"
     assert plans["float32", "adamw", None].optimizer == 8 * numbers
     assert plans["float32", "adafactor", None].optimizer < 0.2 * numbers * 8
-    assert all(plan.gradients == 4 * numbers for plan in plans.values())
+    assert plans["float32", "adamw", None].gradients == 4 * numbers
+    widest = max(parameter.numel() for parameter in tiny.model.parameters())
+    assert plans["bfloat16", "adamw", None].gradients == 2 * numbers + 4 * widest, "one is in float32 at a time"
+    batches_of_two = TrainingRecipe(precision="bfloat16", batch_size=2, micro_batch_tokens=10)
+    assert plan_memory(CausalLM(tiny.model), data, batches_of_two, longest=40).gradients == 4 * (numbers + widest)
     one = plans["float32", "adamw", None]
     parts = (one.program, one.weights, one.gradients, one.optimizer, one.activations, one.loss)
     assert one.total == sum(parts)

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import count, dropwhile
 from pathlib import Path
+from statistics import fmean, pstdev
 from typing import Any
 
 import psutil
@@ -24,7 +25,7 @@ from finespun.data.packing import PackedBatch, pack
 from finespun.data.templates import TokenizedExample
 from finespun.files import data_cache, hash_of, remembered
 from finespun.models.gradient_checkpointing import decoder_layers, gradient_checkpointing
-from finespun.models.linear_cross_entropy import CHUNK_BYTES
+from finespun.models.linear_cross_entropy import CHUNK_BYTES, rows_of_chunk
 from finespun.models.load import compute_in
 from finespun.recipe import Optimizer, TrainingRecipe
 from finespun.training.objectives.causal_lm import CausalLM
@@ -202,29 +203,56 @@ def plan_memory(
         parameter.numel() * (STATE_BYTES[recipe.optimizer] if parameter.ndim >= 2 else 8) for parameter in trained
     )
     program = max(0, memory_in_use(device) - have)
-    head = objective.model.get_output_embeddings().weight
-    loss = CHUNK_BYTES + (4 * head.numel() if head.requires_grad else 0)
-    rest = program + weights + 4 * numbers + int(optimizer) + loss
     measured = _of_one(objective, examples) if objective.why_slow else _measured(objective, examples, recipe)
     available = memory_available(device, recipe.memory_limit_gb)
-    room = HEADROOM * available - rest - measured.fixed
-    fitting = int(room / max(1.0, measured.each))
+    widest = max((parameter.numel() for parameter in trained), default=0)
+    # in float32 once they are sums, of several micro-batches; on the way to the optimizer each parameter's is
+    sums = 4 * numbers + (4 * widest if compute == 2 else 0)
+    room = HEADROOM * available - program - weights - sums - optimizer - _loss_bytes(objective, SIZES[-1], compute)
+    fitting = int((room - measured.fixed) / max(1.0, measured.each))
     chosen = recipe.micro_batch_tokens or max(1, min(measured.fastest, fitting))
-    of_batch = _average_length(examples) * (recipe.batch_size or chosen)
+    of_batch = _largest_batch(examples, recipe.batch_size) if recipe.batch_size else chosen
+    at_once = max(longest, min(chosen, of_batch))
     return MemoryPlan(
         program=program,
         weights=weights,
-        gradients=4 * numbers,
+        gradients=sums if of_batch > chosen else sums - (4 - compute) * numbers,
         optimizer=int(optimizer),
-        activations=int(measured.fixed + measured.each * max(longest, min(chosen, of_batch))),
-        loss=loss,
+        activations=int(measured.fixed + measured.each * at_once),
+        loss=_loss_bytes(objective, int(at_once * _share_with_loss(examples)), compute),
         available=available,
         micro_batch_tokens=chosen,
     )
 
 
+def _loss_bytes(objective: CausalLM, tokens: int, compute: int) -> int:
+    """What logits and gradients of embeddings and head take for so many tokens with loss, in numbers of `compute`
+    bytes."""
+    modules: Any = objective.model.get_output_embeddings(), objective.model.get_input_embeddings()
+    head, table = (module.weight for module in modules)
+    logits = min(CHUNK_BYTES, tokens * len(head) * compute)
+    of_head = (compute if tokens <= rows_of_chunk(head) else 4) * head.numel() if head.requires_grad else 0
+    return logits + of_head + (compute * table.numel() if table.requires_grad else 0)
+
+
+def _sample(examples: Sequence[TokenizedExample]) -> Sequence[TokenizedExample]:
+    return examples[:100]
+
+
+def _largest_batch(examples: Sequence[TokenizedExample], batch_size: int) -> int:
+    """Tokens of about the largest of some dozen batches: two standard deviations above the mean."""
+    lengths = [len(example.input_ids) for example in _sample(examples)]
+    return int(batch_size * fmean(lengths) + 2 * batch_size**0.5 * pstdev(lengths))
+
+
+def _share_with_loss(examples: Sequence[TokenizedExample]) -> float:
+    sample = _sample(examples)
+    return sum(example.trained_tokens for example in sample) / sum(len(example.input_ids) for example in sample)
+
+
 def _average_length(examples: Sequence[TokenizedExample]) -> int:
-    return sum(len(example.input_ids) for example in examples[:100]) // len(examples[:100])
+    sample = _sample(examples)
+    return sum(len(example.input_ids) for example in sample) // len(sample)
 
 
 def _of_one(objective: CausalLM, examples: Sequence[TokenizedExample]) -> Measured:
