@@ -144,6 +144,15 @@ def own_data_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def same_precision_on_all_machines() -> Iterator[None]:
+    """What is not about bfloat16 is asserted to five digits, also where bfloat16 would be the faster one."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("finetuning", "models.load"):
+            patch.setattr(f"finespun.{module}.faster_precision", lambda device: "float32")
+        yield
+
+
 @pytest.fixture
 def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A new working folder."""

@@ -147,7 +147,7 @@ def test_03_a_long_example_counts_by_its_tokens_not_as_one_of_two(tiny: LoadedMo
 @settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(
     prompt=st.text(alphabet=st.sampled_from("theoldfryman \n.你好🙂é"), min_size=1, max_size=20),
-    completion=st.text(min_size=1, max_size=20),
+    completion=st.text(min_size=1, max_size=20).filter(lambda text: "<|im_" not in text),  # refused: a turn's end
 )
 @pytest.mark.parametrize("prompt_format", ["raw", "chat"])
 def test_04_a_prompt_has_the_same_ids_in_training_as_at_generation(
@@ -247,7 +247,9 @@ TRAINING = {"epochs": 4, "batch_size": 2, "save_every": 3, "validate_every": 5, 
 def train_in(folder: Path, tiny_folder: Path, method: str, out: str) -> Recipe:
     data = folder / "data.txt"
     data.write_text("\n".join(sentences(30)), encoding="utf-8")
-    return Recipe.from_keywords(model=str(tiny_folder), data=str(data), out=out, method=method, count=0, **TRAINING)
+    return Recipe.from_keywords(
+        model=str(tiny_folder), data=str(data), out=out, method=method, count=0, precision="float32", **TRAINING
+    )
 
 
 def assert_same_runs(one: Path, other: Path) -> None:

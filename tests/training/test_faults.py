@@ -103,6 +103,7 @@ def test_killed_at_forty_random_points_and_resumed_it_ends_as_if_never_killed(tm
 def recipe(tiny_folder: Path, out: str) -> Recipe:
     Path("data.txt").write_text("\n".join(sentences(30)), encoding="utf-8")
     settings = {"epochs": 3, "batch_size": 2, "save_every": 2, "validate_every": 20, "learning_rate": 1e-3}
+    settings["precision"] = "float32"  # on any machine, in a process of its own too
     return Recipe.from_keywords(model=str(tiny_folder), data="data.txt", out=out, count=0, **settings)
 
 
