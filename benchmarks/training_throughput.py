@@ -3,9 +3,10 @@
     python benchmarks/training_throughput.py --data train.jsonl [--model smollm2-135m | gpt2-124m] [--method full | lora]
         [--rows 256] [--batch-size 16] [--repeat 2] [--contestants finespun "TRL, defaults" …]
 
-`--data` is a JSONL file with `prompt` and `completion`, or with `text`, of which rows are drawn at random. Each contestant runs in a process of its own, in
-turn, so that a machine that slows down slows all of them down. All see the rows in the same order, cut at the same
-length, with the same constant learning rate and no weight decay; only packing puts rows into other steps.
+`--data` is a JSONL file with `prompt` and `completion`, or with `text`, of which rows are drawn at random. Each
+contestant runs in a process of its own, in turn, so that a machine that slows down slows all of them down. All see the
+rows in the same order, cut at the same length, with the same constant learning rate and no weight decay; only packing
+puts rows into other steps.
 
 tokens/s    real tokens (no padding, context included) by the wall time from the beginning of the first step to the end
             of the last
