@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn import Embedding, LayerNorm, Linear, Sequential
 
 from finespun.errors import RecipeError
+from finespun.training import optim
 from finespun.training.optim import MasterOptimizer
 from finespun.training.schedule import default_learning_rate
 
@@ -69,6 +70,38 @@ def test_gradients_of_micro_batches_add_up_in_float32() -> None:
         (model[2].bias * torch.full((5,), 0.01, dtype=torch.bfloat16)).sum().backward()
     # in bfloat16 a sum of 0.01 stops growing near 2.5 to 4; in float32 it reaches 4
     assert optimizer._gradient("2.bias").mean() == pytest.approx(4.0, rel=5e-3)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "schedule-free-adamw"])
+def test_what_a_cpu_saved_goes_on_where_parameters_are_updated_together(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a GPU does it, and back."""
+    models = {together: wide() for together in (False, True)}
+    optimizers = {}
+    for together, model in models.items():
+        monkeypatch.setattr(optim, "_on_cpu", lambda tensors, together=together: not together)
+        optimizers[together] = MasterOptimizer(model, kind, 0.1, torch.bfloat16, b_rate_ratio=2.0)
+    for before, after, steps in ((False, True, range(3)), (True, False, range(3, 6))):
+        trained(optimizers[before], models[before], steps)
+        optimizers[after].load_state(
+            *({key: x.clone() for key, x in part.items()} for part in optimizers[before].state())
+        )
+    assert optimizers[True].state()[1].keys() == optimizers[False].state()[1].keys()
+    expected = wide()
+    whole = MasterOptimizer(expected, kind, 0.1, torch.bfloat16)
+    trained(whole, expected, range(6))
+    for name, master in whole.masters.items():
+        torch.testing.assert_close(optimizers[False].masters[name], master)
+
+
+def test_the_length_of_a_large_gradient_is_exact() -> None:
+    """Summed in one go in float32, the squares of so many numbers are off by more."""
+    model = torch.nn.Linear(4096, 4096, bias=False)
+    optimizer = MasterOptimizer(model, "adamw", 0.0, torch.bfloat16)
+    gradient = torch.randn(4096, 4096, generator=torch.Generator().manual_seed(0)).bfloat16()
+    (model.weight * gradient).sum().backward()
+    assert optimizer.step(0.0, 1.0) == pytest.approx(float(gradient.double().norm()), rel=1e-4)
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing() -> None:

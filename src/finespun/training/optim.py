@@ -18,6 +18,7 @@ AVERAGE = "average"
 """Under this key of a parameter's state stands the moving average of its weights."""
 
 NORM_PIECE = 1 << 18
+"""Numbers of a gradient whose squares are summed at once."""
 
 PACKAGES = {"adamw-8bit": "torchao", "lion": "pytorch-optimizer", "schedule-free-adamw": "pytorch-optimizer"}
 """Optimizers that are not torch's own, and where they come from."""
@@ -70,7 +71,7 @@ class MasterOptimizer:
         self._ema_decay = ema_decay
         self._averages = {name: master.detach().clone() for name, master in self.masters.items()} if ema_decay else {}
         kinds = _kinds(model, named, b_rate_ratio)
-        self._on_cpu = all(master.device.type == "cpu" for master in self.masters.values())
+        self._on_cpu = _on_cpu(self.masters.values())
         together = [[name] for name in named] if self._on_cpu else [list(named)]
         self._parts = [
             (names, _optimizers(kind, _groups(self.masters, names, kinds, weight_decay))) for names in together
@@ -221,6 +222,10 @@ class MasterOptimizer:
         for name in names:
             if name in self._computing:
                 self._computing[name].data.copy_(self.masters[name])
+
+
+def _on_cpu(tensors: Iterable[torch.Tensor]) -> bool:
+    return all(tensor.device.type == "cpu" for tensor in tensors)
 
 
 def _norm(gradients: Iterable[torch.Tensor]) -> float:
