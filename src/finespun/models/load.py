@@ -258,9 +258,9 @@ def _load_folder(location: Location, origin: dict[str, Any], dtype: torch.dtype,
         raise ModelError(f"{location.path}: cannot be loaded as a causal language model: {error}") from error
     # where a CPU has bfloat16, bitsandbytes would pack weights anew in any pass without a gradient, which its own
     # backward pass and merging do not know, and which fails for matrices narrower than a block
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+    quantized: list[Any] = [module for module in model.modules() if hasattr(module, "support_avx512bf16_for_cpu")]
+    for module in quantized:
+        module.support_avx512bf16_for_cpu = False
     return LoadedModel(model, tokenizer, location.name, location.path)
 
 
