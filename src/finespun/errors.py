@@ -39,3 +39,7 @@ class OutOfMemory(FinespunError):
 
 class TrainingInterrupted(FinespunError):
     """A person or the system asked the run to stop; it was saved and can go on."""
+
+
+class GenerationError(FinespunError):
+    """A text cannot be written as it was asked for."""

@@ -8,7 +8,7 @@ at `None` is decided when the run starts, from the model and the data, and the d
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -411,16 +411,19 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
     return best if likeness(best) >= 60 else None
 
 
-def explain(error: ValidationError) -> str:
-    """What is wrong with a recipe, one clause a fault, in the words of the recipe instead of pydantic's."""
+def explain(error: ValidationError, known: Collection[str] | None = None) -> str:
+    """What is wrong with a recipe, or with what has the keys `known`, one clause a fault, in these words instead of
+    pydantic's."""
+    parts = _KEY_PARTS if known is None else {part for key in known for part in key.split(".")}
+    known = known_keys() if known is None else known
     faults: dict[str, str] = {}
     for fault in error.errors(include_url=False):
         unknown = fault["type"] == "extra_forbidden"
         # pydantic puts the branch of a union into the path; only the recipe's own keys are of use to a reader
-        path = ".".join(str(part) for part in fault["loc"] if unknown or part in _KEY_PARTS)
+        path = ".".join(str(part) for part in fault["loc"] if unknown or part in parts)
         if unknown:
-            guess = nearest(path, known_keys())
-            hint = f"did you mean `{guess}`?" if guess else f"known are {', '.join(known_keys())}."
+            guess = nearest(path, known)
+            hint = f"did you mean `{guess}`?" if guess else f"known are {', '.join(known)}."
             faults[path] = f"unknown key `{path}`; {hint}"
         else:
             given = "" if isinstance(fault["input"], dict) else f" (given: {fault['input']!r})"

@@ -13,7 +13,7 @@ from finespun.data.sources import Items
 from finespun.data.templates import Encoder
 from finespun.errors import RecipeError, RunError
 from finespun.finetuning import FinishedRun, finetune
-from finespun.generation.engine import Completion, generate
+from finespun.generation.engine import SLOTS, Completion, Engine, generate
 from finespun.generation.settings import Sampling
 from finespun.models.adapters import merge
 from finespun.models.load import LoadedModel, load_model, save_model
@@ -35,7 +35,7 @@ class TextModel:
     ) -> None:
         self._source = source  # the name under which `load` gives this model again
         self._loaded = loaded
-        self._encoder = encoder or Encoder(loaded.tokenizer)
+        self.encoder = encoder or Encoder(loaded.tokenizer)
         self.run = run
 
     @classmethod
@@ -48,6 +48,10 @@ class TextModel:
     def of_run(cls, finished: FinishedRun) -> TextModel:
         """The model that a run has just trained."""
         return cls(str(finished.folder.path), finished.loaded, finished.encoder, finished.folder)
+
+    def engine(self, slots: int = SLOTS) -> Engine:
+        """What continues many requests of this model at once, one pass after another; until it is trained again."""
+        return Engine(self._loaded, self.encoder, slots)
 
     @overload
     def generate(self, prompt: str, **sampling: Any) -> str: ...
@@ -76,11 +80,11 @@ class TextModel:
         try:
             settings = Sampling(**sampling)
         except ValidationError as error:
-            raise RecipeError(explain(error)) from None
+            raise RecipeError(explain(error, Sampling.model_fields)) from None
         if samples < 1:
             raise RecipeError(f"`samples` should be at least 1 (given: {samples})")
-        encoded = [self._encoder.encode_prompt(prompt) for prompt in prompts]
-        return generate(self._loaded, self._encoder, encoded, settings, samples, on_text)
+        encoded = [self.encoder.encode_prompt(prompt) for prompt in prompts]
+        return generate(self._loaded, self.encoder, encoded, settings, samples, on_text)
 
     def finetune(self, data: str | Path | Items | Mapping[str, Any], quiet: bool = False, **keywords: Any) -> TextModel:
         """Trains this model on `data`: a file or folder, a list of texts or of dicts, or the keys of the recipe's
@@ -98,7 +102,7 @@ class TextModel:
             raise RunError(f"{path}: is there already and is not empty. Choose another folder.")
         if merge_adapter and self._loaded.has_adapter:
             self._loaded.model = merge(self._loaded.model)
-        save_model(self._loaded, self._encoder.stop_ids, path)
+        save_model(self._loaded, self.encoder.stop_ids, path)
         self._source = str(path)
         return path
 

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from collections import Counter
+from copy import deepcopy
+from pathlib import Path
+from random import Random
 
 import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers.generation.logits_process import TypicalLogitsWarper
 
+from architectures import architectures
 from finespun.data.templates import Encoder
-from finespun.errors import DataError
+from finespun.errors import DataError, GenerationError
 from finespun.generation import engine
-from finespun.generation.engine import generate
+from finespun.generation.engine import Engine, TokenLogprob, generate
+from finespun.generation.runner import Reading, SingleRunner, SlotRunner, runner_for
 from finespun.generation.sampling import Chooser
 from finespun.generation.settings import Sampling
 from finespun.models.load import LoadedModel
@@ -73,7 +79,7 @@ def test_a_seed_gives_the_same_text_alone_and_in_any_batch(
     together = generate(tiny, encoder, ids, sampling, samples=3)
     alone = [generate(tiny, encoder, [prompt], sampling, samples=3)[0] for prompt in ids]
     assert together == alone
-    monkeypatch.setattr(engine, "BATCH", 4)
+    monkeypatch.setattr(engine, "SLOTS", 4)
     assert generate(tiny, encoder, ids, sampling, samples=3) == together
     assert len({completion.text for completion in together[0]}) == 3
     other = generate(tiny, encoder, ids, Sampling(max_new_tokens=8, temperature=0.8, seed=6), samples=3)
@@ -96,7 +102,7 @@ def test_samples_follow_the_models_distribution() -> None:
         ),
     ):
         choose = Chooser(sampling)
-        drawn = Counter(choose([0], logits) for _ in range(4000))
+        drawn = Counter(choose([0], [], logits) for _ in range(4000))
         assert {token for token, p in enumerate(expected) if p == 0}.isdisjoint(drawn)
         assert chi_square_p([drawn[token] for token in range(6)], expected.tolist()) > 1e-4
 
@@ -104,7 +110,7 @@ def test_samples_follow_the_models_distribution() -> None:
 def test_top_p_keeps_the_smallest_set_that_reaches_p() -> None:
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
     choose = Chooser(Sampling(temperature=1.0, top_p=0.75))
-    assert {choose([0], logits) for _ in range(300)} == {0, 1}
+    assert {choose([0], [], logits) for _ in range(300)} == {0, 1}
 
 
 @pytest.fixture
@@ -113,7 +119,8 @@ def scripted(monkeypatch: pytest.MonkeyPatch, encoder: Encoder):
 
     def write(text: str) -> list[int]:
         tokens = [*encoder.tokenizer(text)["input_ids"], encoder.tokenizer.eos_token_id]
-        monkeypatch.setattr(Chooser, "__call__", lambda self, ids, logits: tokens[len(ids) - 1])
+        monkeypatch.setattr(Chooser, "takes_the_largest", False)
+        monkeypatch.setattr(Chooser, "__call__", lambda self, prompt, new, logits, allowed: tokens[len(new)])
         return tokens
 
     return write
@@ -155,5 +162,232 @@ def test_length_and_context_end_a_text(tiny: LoadedModel, encoder: Encoder, scri
     assert (completion.finish_reason, completion.prompt_tokens, completion.completion_tokens) == ("length", 1, 5)
     (completion,) = generate(tiny, encoder, [encoder.encode_prompt("a")], Sampling(max_new_tokens=5000))[0]
     assert completion.completion_tokens == tiny.context_length - 1
-    with pytest.raises(DataError, match="Prompt 2 has 128 tokens"):
+    with pytest.raises(DataError, match="Prompt 2: The prompt has 128 tokens"):
         generate(tiny, encoder, [[5], [5] * 128], Sampling())
+
+
+ARCHITECTURES = architectures(vocab_size=400, positions=128)
+
+
+@pytest.fixture
+def random_model(small_tokenizer, request: pytest.FixtureRequest) -> LoadedModel:
+    """A model of the architecture that the test names, with weights large enough for texts that differ."""
+    torch.manual_seed(0)
+    config = deepcopy(ARCHITECTURES[request.param])
+    config.eos_token_id = small_tokenizer.eos_token_id
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return LoadedModel(model, small_tokenizer, request.param, Path())
+
+
+def random_prompts(count: int, longest: int) -> list[list[int]]:
+    random = Random(0)
+    return [[random.randrange(3, 400) for _ in range(random.randint(1, longest))] for _ in range(count)]
+
+
+@pytest.mark.parametrize("count", [40, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("random_model", ARCHITECTURES, indirect=True)
+def test_greedy_tokens_equal_transformers_for(random_model: LoadedModel, count: int, small_tokenizer) -> None:
+    """Read in pieces, continued beside others, with what others have read: each is what transformers writes alone."""
+    encoder = Encoder(small_tokenizer, "raw")
+    prompts = random_prompts(count, longest=40)
+    prompts += [[*prompts[0], *prompt[:9]] for prompt in prompts[:5]]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "SLOTS", 7)
+        patch.setattr(engine, "AT_ONCE", 50)
+        found = generate(random_model, encoder, prompts, Sampling(max_new_tokens=12))
+    for prompt, (completion,) in zip(prompts, found, strict=True):
+        alone = transformers_greedy(random_model.model, prompt, 12, pad_token_id=0)
+        ended = small_tokenizer.eos_token_id in alone
+        assert completion.text == encoder.decode(alone)
+        assert completion.finish_reason == ("stop" if ended else "length")
+    assert isinstance(runner_for(random_model), SingleRunner) == (random_model.base_name == "bloom")
+
+
+class Watched:
+    """A runner that notes what it is asked to read."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.passes: list[list[Reading]] = []
+        original = SlotRunner.logits
+
+        def logits(runner: SlotRunner, readings: list[Reading]) -> list[torch.Tensor]:
+            self.passes.append(readings)
+            return original(runner, readings)
+
+        patch.setattr(SlotRunner, "logits", logits)
+
+    def tokens(self) -> int:
+        return sum(len(reading.part.ids) for readings in self.passes for reading in readings)
+
+
+def test_a_beginning_that_prompts_share_is_read_once(
+    tiny: LoadedModel, encoder: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared = random_prompts(1, 70)[0] * 70
+    prompts = [[*shared[:70], 5 + number, 9] for number in range(6)]
+    alone = [generate(tiny, encoder, [prompt], Sampling(max_new_tokens=4))[0] for prompt in prompts]
+    watched = Watched(monkeypatch)
+    assert generate(tiny, encoder, prompts, Sampling(max_new_tokens=4)) == alone
+    assert watched.tokens() <= 70 + 6 * (2 + 4)
+    watched.passes.clear()
+    later = Engine(tiny, encoder)
+    for prompt in prompts[:2]:  # one after the other has ended
+        request = later.add(prompt, Sampling(max_new_tokens=4))
+        while later.step():
+            pass
+        assert request.completion == alone[prompts.index(prompt)][0]
+    assert watched.tokens() <= 72 + 4 + 2 + 4
+
+
+def test_one_that_ends_makes_room_at_once(tiny: LoadedModel, encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = Engine(tiny, encoder, slots=2)
+    watched = Watched(monkeypatch)
+    requests = [few.add([7 + number, 8], Sampling(max_new_tokens=length)) for number, length in enumerate((2, 9, 3, 4))]
+    while few.step():
+        pass
+    lengths = [request.completion.completion_tokens for request in requests if request.completion]
+    assert lengths == [2, 9, 3, 4]
+    assert len(watched.passes) == 9, "the three short ones took turns beside the long one"
+
+
+def test_a_request_that_is_cancelled_frees_its_slot(tiny: LoadedModel, encoder: Encoder) -> None:
+    few = Engine(tiny, encoder, slots=1)
+    pieces: list[str] = []
+    first = few.add([7, 8], Sampling(max_new_tokens=100), on_text=lambda text, logprobs: pieces.append(text))
+    second, third = (few.add([9, number], Sampling(max_new_tokens=3)) for number in (10, 11))
+    few.step()
+    few.cancel(third)
+    few.cancel(first)
+    heard = len(pieces)
+    while few.step():
+        pass
+    assert second.completion is not None
+    assert second.completion == generate(tiny, encoder, [[9, 10]], Sampling(max_new_tokens=3))[0][0]
+    assert (first.completion, third.completion) == (None, None)
+    assert len(pieces) == heard
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_guesses_change_nothing_but_the_number_of_passes(
+    tiny: LoadedModel, encoder: Encoder, monkeypatch: pytest.MonkeyPatch, temperature: float
+) -> None:
+    """A text that repeats itself, which a model that repeats itself continues."""
+    watched = Watched(monkeypatch)
+    prompts = [encoder.encode_prompt("heron mill boat " * 6), encoder.encode_prompt("the old ferryman"), [7]]
+    plain = generate(tiny, encoder, prompts, Sampling(max_new_tokens=60))
+    passes = len(watched.passes)
+    watched.passes.clear()
+    guessed = generate(tiny, encoder, prompts, Sampling(max_new_tokens=60, draft_tokens=5, temperature=temperature))
+    if temperature:
+        return
+    assert guessed == plain
+    assert len(watched.passes) < passes
+
+
+def test_guessed_tokens_follow_the_models_distribution() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(6)
+    choose = Chooser(Sampling(temperature=1.0))
+    for guess in (int(logits.argmax()), int(logits.argmin())):
+        drawn = Counter(choose.verify(guess, [0], [], logits) for _ in range(4000))
+        assert chi_square_p([drawn[token] for token in range(6)], logits.softmax(0).tolist()) > 1e-4
+
+
+def test_logprobs_are_those_of_the_model(tiny: LoadedModel, encoder: Encoder) -> None:
+    prompt = encoder.encode_prompt("the old ferryman")
+    sampling = Sampling(max_new_tokens=8, temperature=0.7, logprobs=3, logit_bias={11: 4.0})
+    heard: list[TokenLogprob] = []
+    one = Engine(tiny, encoder)
+    request = one.add(prompt, sampling, on_text=lambda text, logprobs: heard.extend(logprobs))
+    while one.step():
+        pass
+    assert request.completion is not None
+    assert request.completion.logprobs is not None
+    ids = [token.id for token in request.completion.logprobs]
+    assert encoder.decode(ids) == request.completion.text
+    assert list(request.completion.logprobs) == heard
+    with torch.no_grad():
+        logits = tiny.model(torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1]
+    expected = logits.double().log_softmax(-1)
+    for row, token in zip(expected, request.completion.logprobs, strict=True):
+        assert token.logprob == pytest.approx(float(row[token.id]), abs=1e-4)
+        assert [i for _, i, _ in token.top] == row.topk(3).indices.tolist()
+        assert [value for _, _, value in token.top] == pytest.approx(row.topk(3).values.tolist(), abs=1e-4)
+
+
+def test_penalties_and_biases() -> None:
+    logits = torch.tensor([1.0, 1.2, 0.9, 0.0])
+    stop = (3,)
+
+    def chosen(new: list[int], **settings) -> int:
+        return Chooser(Sampling(**settings), 0, stop)([1, 1], new, logits)
+
+    assert chosen([]) == 1
+    assert chosen([1], presence_penalty=0.25) == 0
+    assert chosen([1, 1], frequency_penalty=0.15) == 0
+    assert chosen([1], frequency_penalty=0.15) == 1, "once is not enough"
+    assert chosen([], presence_penalty=2.0, frequency_penalty=2.0) == 1, "the prompt does not count"
+    assert chosen([], logit_bias={2: 0.5}) == 2
+    assert chosen([0, 1], no_repeat_ngram_size=2) == 2, "1 0 and, in the prompt, 1 1 are there already"
+    logits[3] = 5.0
+    assert chosen([]) == 3
+    assert chosen([0], min_new_tokens=2) == 1
+    assert chosen([0, 0], min_new_tokens=2) == 3
+
+
+def test_typical_tokens_are_transformers_own() -> None:
+    logits = torch.tensor([3.0, 2.5, 1.0, 0.5, -1.0])
+    kept = TypicalLogitsWarper(0.6)(torch.tensor([[0]]), logits[None])[0].isfinite().nonzero().flatten().tolist()
+    choose = Chooser(Sampling(temperature=1.0, typical_p=0.6))
+    assert {choose([0], [], logits) for _ in range(300)} == set(kept)
+
+
+def test_the_cache_grows_with_what_is_asked(tiny: LoadedModel, encoder: Encoder) -> None:
+    """A longer request comes while others are being written."""
+    growing = Engine(tiny, encoder)
+    first = growing.add([7, 8], Sampling(max_new_tokens=20))
+    growing.step()
+    second = growing.add([9] * 60, Sampling(max_new_tokens=60))
+    while growing.step():
+        pass
+    for request, prompt, length in ((first, [7, 8], 20), (second, [9] * 60, 60)):
+        assert request.completion == generate(tiny, encoder, [prompt], Sampling(max_new_tokens=length))[0][0]
+
+
+def test_what_does_not_fit_into_memory_waits(tiny: LoadedModel, encoder: Encoder) -> None:
+    small = Engine(tiny, encoder)
+    small._cache_tokens = 130
+    prompts = [[7, 8], [9] * 100, [10, 11], [12]]
+    lengths = (20, 20, 5, 90)
+    requests = [
+        small.add(prompt, Sampling(max_new_tokens=length)) for prompt, length in zip(prompts, lengths, strict=True)
+    ]
+    while small.step():
+        assert len(small._slots) * small._capacity <= 130
+    for request, prompt, length in zip(requests, prompts, lengths, strict=True):
+        assert request.completion == generate(tiny, encoder, [prompt], Sampling(max_new_tokens=length))[0][0]
+
+
+def test_beams_are_transformers_own(tiny: LoadedModel, encoder: Encoder) -> None:
+    ids = [encoder.encode_prompt(prompt) for prompt in PROMPTS]
+    settings = {"beams": 4, "length_penalty": 0.6, "no_repeat_ngram_size": 3}
+    found = generate(tiny, encoder, ids, Sampling(max_new_tokens=12, **settings))
+    options = {"num_beams": 4, "length_penalty": 0.6, "no_repeat_ngram_size": 3}
+    texts = [encoder.decode(transformers_greedy(tiny.model, prompt, 12, **options)) for prompt in ids]
+    assert [completions[0].text for completions in found] == texts
+    (stopped,) = generate(tiny, encoder, ids[:1], Sampling(max_new_tokens=12, **settings, stop=[texts[0][3:5]]))[0]
+    assert (stopped.text, stopped.finish_reason) == (texts[0][: texts[0].index(texts[0][3:5])], "stop")
+    with pytest.raises(GenerationError, match="does not know regex, temperature"):
+        generate(tiny, encoder, ids, Sampling(beams=2, temperature=1.0, regex="a"))
+
+
+def test_the_best_of_several_is_the_likeliest(tiny: LoadedModel, encoder: Encoder) -> None:
+    sampling = {"max_new_tokens": 6, "temperature": 1.0, "seed": 3}
+    ids = [encoder.encode_prompt(prompt) for prompt in PROMPTS[:2]]
+    found = generate(tiny, encoder, ids, Sampling(**sampling, best_of=5), samples=2)
+    drawn = generate(tiny, encoder, ids, Sampling(**sampling, logprobs=0), samples=10)
+    for best, all_ten in zip(found, drawn, strict=True):
+        for one, five in zip(best, (all_ten[:5], all_ten[5:]), strict=True):
+            assert one.text == max(five, key=lambda completion: completion.mean_logprob).text

@@ -39,8 +39,8 @@ def test_the_tokens_of_chatml_are_learned_saved_and_loaded(
     loaded = model._loaded
     new = loaded.tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
     assert new == [len(tokenizer), len(tokenizer) + 1]
-    assert model._encoder.stop_ids[0] == new[1]
-    ids = torch.tensor([model._encoder.encode_prompt("the old ferryman")])
+    assert model.encoder.stop_ids[0] == new[1]
+    ids = torch.tensor([model.encoder.encode_prompt("the old ferryman")])
     assert set(new) <= set(ids[0].tolist())
     with torch.no_grad():
         trained = loaded.model(input_ids=ids).logits.float()

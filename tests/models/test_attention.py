@@ -11,24 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.attention import varlen
-from transformers import (
-    AutoModelForCausalLM,
-    BloomConfig,
-    CohereConfig,
-    Gemma2Config,
-    Gemma3TextConfig,
-    GPT2Config,
-    GPTNeoXConfig,
-    GraniteConfig,
-    LlamaConfig,
-    MistralConfig,
-    OPTConfig,
-    Phi3Config,
-    PhiConfig,
-    Qwen2Config,
-    Qwen3Config,
-)
+from transformers import AutoModelForCausalLM
 
+from architectures import architectures
 from finespun.data.packing import pack
 from finespun.data.readers import Origin
 from finespun.models import attention
@@ -121,39 +106,7 @@ def test_a_gpu_is_asked_for_the_same(window: int | None, monkeypatch: pytest.Mon
     torch.testing.assert_close(attention._variable_length(q, k, v, plan, 0.3, window), expected)
 
 
-SMALL = {
-    "vocab_size": 99,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 64,
-}
-ARCHITECTURES = {
-    "llama": LlamaConfig(**SMALL, intermediate_size=48, num_key_value_heads=2),
-    "qwen2": Qwen2Config(**SMALL, intermediate_size=48, num_key_value_heads=2),
-    "qwen3": Qwen3Config(**SMALL, intermediate_size=48, num_key_value_heads=2, head_dim=8),
-    "mistral": MistralConfig(**SMALL, intermediate_size=48, num_key_value_heads=2, sliding_window=5),
-    "gpt_neox": GPTNeoXConfig(**SMALL, intermediate_size=48),
-    "gpt2": GPT2Config(vocab_size=99, n_embd=32, n_layer=2, n_head=4, n_positions=64),
-    "opt": OPTConfig(**SMALL, ffn_dim=48, word_embed_proj_dim=32),
-    "gemma2": Gemma2Config(
-        **SMALL, intermediate_size=48, num_key_value_heads=2, head_dim=8, sliding_window=5, query_pre_attn_scalar=8
-    ),
-    "gemma3": Gemma3TextConfig(
-        **SMALL,
-        intermediate_size=48,
-        num_key_value_heads=2,
-        head_dim=8,
-        sliding_window=5,
-        query_pre_attn_scalar=8,
-        layer_types=["sliding_attention", "full_attention"],
-    ),
-    "phi": PhiConfig(**SMALL, intermediate_size=48),
-    "phi3": Phi3Config(**SMALL, intermediate_size=48, num_key_value_heads=2, pad_token_id=0),
-    "cohere": CohereConfig(**SMALL, intermediate_size=48, num_key_value_heads=2, logit_scale=0.25, pad_token_id=0),
-    "granite": GraniteConfig(**SMALL, intermediate_size=48, num_key_value_heads=2, logits_scaling=4.0),
-    "bloom": BloomConfig(vocab_size=99, hidden_size=32, n_layer=2, n_head=4),
-}
+ARCHITECTURES = architectures(vocab_size=99, positions=64)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

@@ -36,7 +36,7 @@ ADAPTERS = {
 
 
 def ids_of(model: finespun.TextModel, text: str = "the old ferryman") -> torch.Tensor:
-    return torch.tensor([model._encoder.encode_prompt(text)])
+    return torch.tensor([model.encoder.encode_prompt(text)])
 
 
 @pytest.mark.parametrize("name", ADAPTERS)

@@ -9,10 +9,14 @@ from cyclopts import App, CycloptsError, Parameter, UnknownOptionError
 from pydantic import ValidationError
 
 from finespun.errors import FinespunError, TrainingInterrupted
+from finespun.generation.settings import Sampling
 from finespun.recipe import explain, known_keys, nearest
 
 INTERRUPTED = 130
 """Exit code of a run that was asked to stop, as shells give it for Ctrl-C."""
+
+KEYS = [*known_keys(), *Sampling.model_fields]
+"""All that options can set."""
 
 app = App(
     name="finespun",
@@ -25,6 +29,7 @@ app = App(
 # named, not imported: what a command needs is loaded when it is called
 app.command("finespun.cli.train:train", help="Fine-tune a model on texts.")
 app.command("finespun.cli.generate:generate", help="Write with a model.")
+app.command("finespun.cli.chat:chat", help="Talk with a model.")
 app.command("finespun.cli.data:app", name="data", help="Look at data before a run: check, show, select.")
 app.command("finespun.cli.models:models", help="List the known models and which of them are on this machine.")
 
@@ -66,9 +71,9 @@ def _spelled_out(arguments: Sequence[str]) -> list[str]:
 
 def _message(error: Exception) -> str:
     if isinstance(error.__cause__, ValidationError):
-        return explain(error.__cause__)
+        return explain(error.__cause__, KEYS)
     if isinstance(error, UnknownOptionError):
         word = error.token.keyword or error.token.value
-        guess = nearest(word.lstrip("-").replace("-", "_"), known_keys())
+        guess = nearest(word.lstrip("-").replace("-", "_"), KEYS)
         return f"unknown option {word}" + (f"; did you mean --{guess.replace('_', '-')}?" if guess else ".")
     return str(error)

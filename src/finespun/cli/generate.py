@@ -62,7 +62,8 @@ def generate(
                 words = prompt if isinstance(prompt, str) else prompt[-1]["content"]
                 print(f"--- {words}" + (f" ({number})" if samples > 1 else "") + f"\n{completion.text}\n")
             else:
-                print(json.dumps({"prompt": prompt, **asdict(completion)}, ensure_ascii=False))
+                told = {key: value for key, value in asdict(completion).items() if value is not None}
+                print(json.dumps({"prompt": prompt, **told}, ensure_ascii=False))
 
 
 def _read_prompts(path: Path) -> list[Prompt]:

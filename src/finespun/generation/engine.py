@@ -1,28 +1,55 @@
-"""Prompts → continuations, batched and streamed. Knows token ids and the model; how a prompt becomes ids and ids become
-text is the encoder's business.
+"""Prompts → continuations, many at once and streamed. Knows token ids and the model; how a prompt becomes ids and ids
+become text is the encoder's business.
 
-Prompts of a batch are filled up on the left, so that all of them continue at the same column; the mask hides the
-filling and positions count real tokens only. A sequence that has ended leaves the batch.
+Every pass through the model reads one token of each sequence that is being written and, up to a limit, the prompts of
+those that are new. A sequence that ends makes room at once. What a slot has read stays there until it is needed for
+something else, so that a prompt that begins like an earlier one is read from where they differ.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Literal
 
 import torch
-from transformers import DynamicCache
 
 from finespun.data.templates import Encoder
-from finespun.errors import DataError
+from finespun.errors import DataError, GenerationError
+from finespun.generation.beams import beam_search
+from finespun.generation.cache import Part
+from finespun.generation.constraints import Constraint, constraint_for
+from finespun.generation.runner import Reading, runner_for
 from finespun.generation.sampling import Chooser
 from finespun.generation.settings import Sampling
-from finespun.models.adapters import soft_prompt_cache
+from finespun.generation.text import TextStream
 from finespun.models.load import LoadedModel
+from finespun.training.memory import memory_available
 
-BATCH = 16
-"""Sequences that are continued at once."""
+SLOTS = 64
+"""Sequences that are continued at once, where memory allows."""
+
+AT_ONCE = 1024
+"""Tokens of one pass: of prompts, so many less those that are being written."""
+
+SHARED = 16
+"""Beginnings shorter than this are read again rather than copied."""
+
+FOR_CACHE = 0.5
+"""Share of the available memory that keys and values may take."""
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A token with its log-probability (nats) under the model, before any setting changed it, and the likeliest tokens
+    in its place, best first."""
+
+    token: str
+    id: int
+    logprob: float
+    top: tuple[tuple[str, int, float], ...]
 
 
 @dataclass(frozen=True)
@@ -33,52 +60,311 @@ class Completion:
     finish_reason: Literal["stop", "length"]
     prompt_tokens: int
     completion_tokens: int
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    mean_logprob: float | None = None
+    """Of its tokens and the one that ended it, where `logprobs` were asked for."""
 
 
-@dataclass
-class _Sequence:
-    """A continuation in the making."""
+OnText = Callable[[str, tuple[TokenLogprob, ...]], None]
+
+
+@dataclass(eq=False)
+class Request:
+    """A continuation in the making; `completion` or `error` is there when it has ended."""
 
     prompt: list[int]
+    sampling: Sampling
     choose: Chooser
-    emit: Callable[[str], None]
+    stream: TextStream
+    constraint: Constraint | None
+    on_text: OnText | None
+    room: int
     new: list[int] = field(default_factory=list)
-    emitted: int = 0
-    finish_reason: Literal["stop", "length"] | None = None
-    text: str = ""
+    computed: int = 0
+    """Tokens, of prompt and continuation, that its slot has."""
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    unsent: int = 0
+    completion: Completion | None = None
+    error: GenerationError | None = None
 
-    def accept(self, token: int, encoder: Encoder, sampling: Sampling, room: int) -> None:
-        """Takes the next token: ends the sequence, or adds to its text what is certain by now."""
-        if token in encoder.stop_ids:
-            self.finish_reason = "stop"
-        else:
-            self.new.append(token)
-            self.text = encoder.decode(self.new)
-            found = [at for at in (self.text.find(stop) for stop in sampling.stop if stop) if at >= 0]
-            if found:
-                self.text, self.finish_reason = self.text[: min(found)], "stop"
-            elif len(self.new) >= min(sampling.max_new_tokens, room):
-                self.finish_reason = "length"
-        certain = len(self.text) if self.finish_reason else _certain(self.text, sampling.stop)
-        if certain > self.emitted:
-            self.emit(self.text[self.emitted : certain])
-            self.emitted = certain
+    @property
+    def ids(self) -> list[int]:
+        return [*self.prompt, *self.new]
+
+    @property
+    def ended(self) -> bool:
+        return self.completion is not None or self.error is not None
+
+    def result(self) -> Completion:
+        """The completion of one that has ended; raises its error."""
+        if self.error:
+            raise self.error
+        assert self.completion is not None  # it has ended
+        return self.completion
+
+    def emit(self, piece: str) -> None:
+        """Hands on what has become certain, with the tokens since the last time."""
+        if piece and self.on_text:
+            self.on_text(piece, tuple(self.logprobs[self.unsent :]))
+            self.unsent = len(self.logprobs)
+
+    def finish(self, reason: Literal["stop", "length"]) -> None:
+        """Ends it."""
+        self.emit(self.stream.rest())
+        logprobs, mean = None, None
+        if self.sampling.logprobs is not None:
+            logprobs, mean = tuple(self.logprobs[: len(self.new)]), fmean(token.logprob for token in self.logprobs)
+        self.completion = Completion(self.stream.text, reason, len(self.prompt), len(self.new), logprobs, mean)
 
 
-def _certain(text: str, stops: Sequence[str]) -> int:
-    """How much of `text` can be shown: no character of which bytes are missing, no beginning of a stop string."""
-    end = len(text)
-    while end and text[end - 1] == "\ufffd":
-        end -= 1
-    for stop in stops:
-        for length in range(min(len(stop) - 1, end), 0, -1):
-            if text[:end].endswith(stop[:length]):
-                end -= length
+class Engine:
+    """Continues requests of one model, at most `slots` at once. For one thread."""
+
+    def __init__(self, loaded: LoadedModel, encoder: Encoder, slots: int = SLOTS) -> None:
+        self._loaded, self._encoder = loaded, encoder
+        self._runner = runner_for(loaded)
+        self._slots: list[Request | None] = []
+        self._held: list[list[int]] = []  # what the slots have read, of requests that have ended
+        self._used: list[int] = []  # the pass in which a slot was given away
+        self._passes = 0
+        self._waiting: deque[Request] = deque()
+        self._most, self._capacity = slots, 0
+        self._vocabulary = int(loaded.causal_lm.config.get_text_config().vocab_size)
+        self._cache_tokens = int(FOR_CACHE * memory_available(loaded.device, None) / _bytes_of_token(loaded))
+
+    def add(self, prompt: Sequence[int], sampling: Sampling, sample: int = 0, on_text: OnText | None = None) -> Request:
+        """A new request, which the coming passes continue; the `sample`-th of its prompt. `on_text` gets each new piece
+        of text as soon as it is certain, with the log-probabilities of its tokens if these are asked for. Raises
+        `DataError` for a prompt that leaves no room in the model's context, `GenerationError` for a constraint that
+        cannot be followed."""
+        if sampling.beams > 1:
+            raise GenerationError("beams: beam search is for prompts that are all there at the beginning.")
+        context = self._loaded.context_length
+        if len(prompt) >= context:
+            raise DataError(
+                f"The prompt has {len(prompt)} tokens and the model's context {context}: nothing could follow it. "
+                "Shorten it."
+            )
+        unknown = [token for token in sampling.logit_bias if not 0 <= token < self._vocabulary]
+        if unknown:
+            raise GenerationError(f"logit_bias: there is no token {unknown[0]}; ids go to {self._vocabulary - 1}.")
+        stop_ids = self._encoder.stop_ids
+        request = Request(
+            list(prompt),
+            sampling,
+            Chooser(sampling, sample, stop_ids),
+            TextStream(self._encoder, sampling.stop),
+            constraint_for(sampling, self._encoder.tokenizer, stop_ids, self._vocabulary),
+            on_text,
+            min(sampling.max_new_tokens, context - len(prompt)),
+        )
+        self._waiting.append(request)
+        return request
+
+    def cancel(self, request: Request) -> None:
+        """Ends a request, whose slot is free at once; nothing happens to one that has ended."""
+        if request in self._waiting:
+            self._waiting.remove(request)
+        elif request in self._slots:
+            self._release(self._slots.index(request))
+
+    @torch.inference_mode()
+    def step(self) -> bool:
+        """One pass through the model; whether there is more to do."""
+        self._passes += 1
+        self._admit()
+        readings = self._readings()
+        if readings:
+            with self._runner.attending():
+                logits = self._runner.logits([reading for _, reading in readings])
+            for request, reading in readings:
+                request.computed += len(reading.part.ids)
+            asked = zip(readings, logits, strict=True)
+            self._continue([(request, reading, rows) for (request, reading), rows in asked if reading.wanted])
+        for slot, request in enumerate(self._slots):
+            if request is not None and request.ended:
+                self._release(slot)
+        return bool(self._waiting) or any(self._slots)
+
+    def _admit(self) -> None:
+        """Gives slots to those that wait, in their order."""
+        admitted: list[Request] = []
+        while self._waiting:
+            request = self._waiting[0]
+            if any(_common(request.prompt, other.prompt) > 4 * SHARED for other in admitted):
+                return  # once that one is read, its beginning can be copied
+            slot = self._free_slot(request)
+            if slot is None:
+                return
+            self._waiting.popleft()
+            source, common = self._most_in_common(request.prompt)
+            if common < SHARED:
+                self._runner.start(slot)
+            else:
+                if source != slot:
+                    self._runner.copy(source, slot, self._runner.begin + common)
+                request.computed = common
+            self._slots[slot], self._used[slot] = request, self._passes
+            if not request.computed:
+                admitted.append(request)
+
+    def _free_slot(self, request: Request) -> int | None:
+        """A slot with room for `request`: the one that begins like it, or the one that was given away longest ago."""
+        need = self._runner.begin + len(request.prompt) + request.room
+        capacity = max(self._capacity, -(-need // 64) * 64)
+        most = max(1, min(self._most, self._cache_tokens // capacity))
+        active = sum(slot is not None for slot in self._slots)
+        if active >= most:
+            return None
+        if len(self._slots) > most:  # there would be too much of the larger ones
+            if active:
+                return None
+            self._runner.clear()
+            self._slots, self._held, self._used, self._capacity = [], [], [], 0
+        wanted = min(most, active + len(self._waiting))
+        if capacity > self._capacity or wanted > len(self._slots):
+            new = max(0, wanted - len(self._slots))
+            self._slots += [None] * new
+            self._held += [[] for _ in range(new)]
+            self._used += [0] * new
+            self._capacity = capacity
+            self._runner.resize(len(self._slots), capacity)
+        free = [slot for slot, taken in enumerate(self._slots) if taken is None]
+        return min(
+            free, key=lambda slot: (-(_common(request.prompt, self._held[slot]) // SHARED), self._used[slot], slot)
+        )
+
+    def _most_in_common(self, prompt: list[int]) -> tuple[int, int]:
+        """The slot that has read most of the beginning of `prompt`, and how much; at least one token is left."""
+        if not self._runner.shares:
+            return 0, 0
+        common = [
+            _common(prompt, held) if request is None else min(_common(prompt, request.prompt), request.computed)
+            for request, held in zip(self._slots, self._held, strict=True)
+        ]
+        best = max(range(len(common)), key=common.__getitem__)
+        return best, min(common[best], len(prompt) - 1)
+
+    def _readings(self) -> list[tuple[Request, Reading]]:
+        """What the next pass reads: the last token, and guesses behind it, of all that are being written; then prompts,
+        as far as they fit."""
+        found: list[tuple[Request, Reading]] = []
+        begin = self._runner.begin
+        unread: list[tuple[int, Request]] = []
+        for slot, request in enumerate(self._slots):
+            if request is None:
+                continue
+            if request.new and request.computed == len(request.prompt) + len(request.new) - 1:
+                ids = [request.new[-1], *self._guess(request)]
+                found.append((request, Reading(Part(slot, begin + request.computed, ids), len(ids))))
+            else:
+                unread.append((slot, request))
+        left = max(SHARED, AT_ONCE - len(found))
+        for slot, request in unread:
+            ids = request.prompt[request.computed :][:left]
+            if not ids:
                 break
-    return end
+            done = request.computed + len(ids) == len(request.prompt)
+            found.append((request, Reading(Part(slot, begin + request.computed, ids), int(done))))
+            left -= len(ids)
+        return found
+
+    def _guess(self, request: Request) -> list[int]:
+        """What followed, earlier in the sequence, on the tokens that are its last."""
+        most = min(request.sampling.draft_tokens, request.room - len(request.new) - 1)
+        if most < 1 or request.constraint:
+            return []
+        ids = request.ids
+        for length in (3, 2):
+            last = ids[-length:]
+            for at in range(len(ids) - length - 1, -1, -1):
+                if ids[at : at + length] == last:
+                    return ids[at + length : at + length + most]
+        return []
+
+    def _continue(self, done: Sequence[tuple[Request, Reading, torch.Tensor]]) -> None:
+        """Chooses the next token of each, and ends those that end."""
+        largest = [
+            request.choose.takes_the_largest and request.constraint is None and request.sampling.logprobs is None
+            for request, _, _ in done
+        ]
+        alike = [rows for (_, _, rows), plain in zip(done, largest, strict=True) if plain]
+        tokens = iter(torch.cat(alike).argmax(-1).tolist() if alike else [])
+        for (request, reading, rows), plain in zip(done, largest, strict=True):
+            guesses = list(reading.part.ids[len(reading.part.ids) - reading.wanted + 1 :])
+            chosen = [next(tokens) for _ in range(reading.wanted)] if plain else None
+            for number in range(reading.wanted):
+                guess = guesses[number] if number < len(guesses) else None
+                token = chosen[number] if chosen else self._choose(request, rows[number], guess)
+                self._take(request, token)
+                if request.ended or token != guess:
+                    break
+            request.computed = len(request.prompt) + len(request.new) - 1
+
+    def _choose(self, request: Request, logits: torch.Tensor, guess: int | None) -> int:
+        constraint = request.constraint
+        if guess is not None:
+            token = request.choose.verify(guess, request.prompt, request.new, logits)
+        else:
+            allowed = constraint.allowed() if constraint else None
+            token = request.choose(request.prompt, request.new, logits, allowed)
+        if request.sampling.logprobs is not None:
+            request.logprobs.append(self._logprob(token, logits, request.sampling.logprobs))
+        return token
+
+    def _logprob(self, token: int, logits: torch.Tensor, count: int) -> TokenLogprob:
+        logprobs = logits.float().log_softmax(-1)
+        values, ids = logprobs.topk(count)
+        top = tuple((self._piece(i), i, v) for i, v in zip(ids.tolist(), values.tolist(), strict=True))
+        return TokenLogprob(self._piece(token), token, float(logprobs[token]), top)
+
+    def _piece(self, token: int) -> str:
+        return self._encoder.decode([token], skip_special_tokens=False)
+
+    def _take(self, request: Request, token: int) -> None:
+        """Adds `token` to a request, which may end it."""
+        if token in self._encoder.stop_ids:
+            request.finish("stop")
+            return
+        request.new.append(token)
+        request.emit(request.stream.push(token))
+        if request.constraint:
+            try:
+                request.constraint.take(token)
+            except GenerationError as error:
+                request.error = error
+                return
+        if request.stream.stopped or (request.constraint and request.constraint.must_end):
+            request.finish("stop")
+        elif len(request.new) >= request.room:
+            request.finish("length")
+
+    def _release(self, slot: int) -> None:
+        request = self._slots[slot]
+        assert request is not None  # only taken slots are released
+        self._held[slot] = request.ids[: request.computed]
+        self._slots[slot] = None
 
 
-@torch.inference_mode()
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens both begin with."""
+    count = 0
+    for a, b in zip(one, other, strict=False):
+        if a != b:
+            break
+        count += 1
+    return count
+
+
+def _bytes_of_token(loaded: LoadedModel) -> int:
+    """Bytes that the keys and values of one token take, by the model's config."""
+    model = loaded.causal_lm
+    config = model.config.get_text_config()
+    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return 2 * config.num_hidden_layers * heads * dim * model.dtype.itemsize
+
+
 def generate(
     loaded: LoadedModel,
     encoder: Encoder,
@@ -90,68 +376,56 @@ def generate(
     """For each prompt (token ids) `samples` continuations.
 
     `on_text(prompt, sample, text)` gets each new piece of text as soon as it is certain. Raises `DataError` for a
-    prompt that leaves no room in the model's context.
+    prompt that leaves no room in the model's context, `GenerationError` for a constraint that cannot be followed.
     """
-    context = loaded.context_length
-    for number, prompt in enumerate(prompts, 1):
-        if len(prompt) >= context:
-            raise DataError(
-                f"Prompt {number} has {len(prompt)} tokens and the model's context {context}: nothing "
-                "could follow it. Shorten it."
+    if sampling.beams > 1:
+        if samples > 1:
+            raise GenerationError("beams: beam search gives one text for a prompt; leave out samples.")
+        return [[completion] for completion in _with_beams(loaded, encoder, prompts, sampling)]
+    engine = Engine(loaded, encoder, SLOTS)
+    drawn = samples * sampling.best_of
+    if sampling.best_of > 1:
+        sampling = sampling.model_copy(update={"logprobs": sampling.logprobs or 0})
+    requests: dict[tuple[int, int], Request] = {}
+    # prompts of a length stand side by side, and the longest do not come last, alone
+    for number in sorted(range(len(prompts)), key=lambda number: -len(prompts[number])):
+        for draw in range(drawn):
+            emit = _emitter(on_text, number, draw) if on_text and sampling.best_of == 1 else None
+            try:
+                requests[number, draw] = engine.add(prompts[number], sampling, draw, emit)
+            except DataError as error:
+                raise DataError(f"Prompt {number + 1}: {error}") from None
+    while engine.step():
+        pass
+    completions = {place: request.result() for place, request in requests.items()}
+    return [
+        [
+            max(
+                (completions[number, draw] for draw in range(first, first + sampling.best_of)),
+                key=lambda completion: completion.mean_logprob or 0.0,
             )
-    sequences = [
-        _Sequence(list(prompt), Chooser(sampling, sample), _emitter(on_text, number, sample))
-        for number, prompt in enumerate(prompts)
-        for sample in range(samples)
+            for first in range(0, drawn, sampling.best_of)
+        ]
+        for number in range(len(prompts))
     ]
-    by_length = sorted(sequences, key=lambda sequence: len(sequence.prompt))
-    for start in range(0, len(by_length), BATCH):
-        _continue(loaded, encoder, by_length[start : start + BATCH], sampling)
-    done = [
-        Completion(sequence.text, sequence.finish_reason or "length", len(sequence.prompt), len(sequence.new))
-        for sequence in sequences
-    ]
-    return [done[first : first + samples] for first in range(0, len(done), samples)]
 
 
-def _emitter(on_text: Callable[[int, int, str], None] | None, number: int, sample: int) -> Callable[[str], None]:
-    return (lambda text: on_text(number, sample, text)) if on_text else (lambda text: None)
+def _with_beams(
+    loaded: LoadedModel, encoder: Encoder, prompts: Sequence[Sequence[int]], sampling: Sampling
+) -> list[Completion]:
+    found = []
+    for prompt, ids in zip(prompts, beam_search(loaded, encoder, prompts, sampling), strict=True):
+        stream = TextStream(encoder, sampling.stop)
+        ended = ids[-1] in encoder.stop_ids
+        new = ids[:-1] if ended else ids
+        for count, token in enumerate(new, 1):
+            stream.push(token)
+            if stream.stopped:
+                new, ended = new[:count], True
+                break
+        found.append(Completion(stream.text, "stop" if ended else "length", len(prompt), len(new)))
+    return found
 
 
-def _continue(loaded: LoadedModel, encoder: Encoder, batch: list[_Sequence], sampling: Sampling) -> None:
-    """Continues all sequences of `batch` to their ends."""
-    device, context = loaded.device, loaded.context_length
-    width = max(len(sequence.prompt) for sequence in batch)
-    pads = [width - len(sequence.prompt) for sequence in batch]
-    fill = encoder.tokenizer.eos_token_id
-    ids = torch.tensor(
-        [[fill] * pad + sequence.prompt for pad, sequence in zip(pads, batch, strict=True)], device=device
-    )
-    mask = torch.tensor(
-        [[0] * pad + [1] * len(sequence.prompt) for pad, sequence in zip(pads, batch, strict=True)], device=device
-    )
-    model = loaded.causal_lm
-    cache, before = soft_prompt_cache(loaded.model, len(batch)) or (DynamicCache(config=model.config), 0)
-    mask = torch.cat([mask.new_ones(len(batch), before), mask], dim=1)
-    while batch:
-        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        output = model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        for sequence, logits in zip(batch, output.logits[:, -1], strict=True):
-            token = sequence.choose([*sequence.prompt, *sequence.new], logits)
-            sequence.accept(token, encoder, sampling, room=context - len(sequence.prompt))
-        alive = [row for row, sequence in enumerate(batch) if sequence.finish_reason is None]
-        if len(alive) < len(batch):
-            batch = [batch[row] for row in alive]
-            rows = torch.tensor(alive, device=device, dtype=torch.long)
-            cache.batch_select_indices(rows)
-            mask = mask[rows]
-        if batch:
-            ids = torch.tensor([[sequence.new[-1]] for sequence in batch], device=device)
-            mask = torch.cat([mask, mask.new_ones(len(batch), 1)], dim=1)
+def _emitter(on_text: Callable[[int, int, str], None], number: int, sample: int) -> OnText:
+    return lambda text, logprobs: on_text(number, sample, text)

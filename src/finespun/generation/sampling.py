@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Sequence
 
 import torch
 from transformers import LogitsProcessorList
 from transformers.generation.logits_process import (
     MinPLogitsWarper,
+    NoRepeatNGramLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
+    TypicalLogitsWarper,
 )
 
 from finespun.generation.settings import Sampling
@@ -19,29 +22,78 @@ from finespun.generation.settings import Sampling
 
 class Chooser:
     """Chooses the tokens of one sequence under `sampling`; `sample` is its number among several of one prompt, so that
-    a sequence comes out the same alone or in any batch."""
+    a sequence comes out the same alone or in any batch. `stop_ids` end it."""
 
-    def __init__(self, sampling: Sampling, sample: int = 0) -> None:
+    def __init__(self, sampling: Sampling, sample: int = 0, stop_ids: Collection[int] = ()) -> None:
         self.greedy = sampling.temperature == 0
+        self._sampling = sampling
+        self._stop_ids = torch.tensor(sorted(stop_ids), dtype=torch.long)
         self._generator = torch.Generator().manual_seed((sampling.seed << 20) + sample)
-        self._process = LogitsProcessorList()
+        penalties, warpers = LogitsProcessorList(), LogitsProcessorList()
         if sampling.repetition_penalty != 1:
-            self._process.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
+            penalties.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
+        if sampling.no_repeat_ngram_size is not None:
+            penalties.append(NoRepeatNGramLogitsProcessor(sampling.no_repeat_ngram_size))
         if not self.greedy:
             if sampling.temperature != 1:
-                self._process.append(TemperatureLogitsWarper(sampling.temperature))
+                warpers.append(TemperatureLogitsWarper(sampling.temperature))
             if sampling.top_k is not None:
-                self._process.append(TopKLogitsWarper(sampling.top_k))
+                warpers.append(TopKLogitsWarper(sampling.top_k))
             if sampling.top_p < 1:
-                self._process.append(TopPLogitsWarper(sampling.top_p))
+                warpers.append(TopPLogitsWarper(sampling.top_p))
+            if sampling.typical_p < 1:
+                warpers.append(TypicalLogitsWarper(sampling.typical_p))
             if sampling.min_p > 0:
-                self._process.append(MinPLogitsWarper(sampling.min_p))
+                warpers.append(MinPLogitsWarper(sampling.min_p))
+        self._penalties, self._warpers = penalties, warpers
 
-    def __call__(self, ids: Sequence[int], logits: torch.Tensor) -> int:
-        """The next token after `ids` (prompt included), given its `logits` `[vocab]`."""
-        scores = logits.float().cpu()[None]
-        if self._process:
-            scores = self._process(torch.LongTensor([ids]), scores.float())
+    @property
+    def takes_the_largest(self) -> bool:
+        """Whether it always takes the token with the largest logit, whatever came before."""
+        s = self._sampling
+        changes = s.presence_penalty, s.frequency_penalty, s.logit_bias, s.min_new_tokens, self._penalties
+        return self.greedy and not any(changes)
+
+    def __call__(
+        self, prompt: Sequence[int], new: Sequence[int], logits: torch.Tensor, allowed: torch.Tensor | None = None
+    ) -> int:
+        """The next token after `prompt` and `new`, given its `logits` `[vocab]`, among those `allowed` `[vocab]`."""
+        scores = self._scores(prompt, new, logits, allowed)
         if self.greedy:
             return int(scores.argmax())
-        return int(torch.multinomial(scores.softmax(-1)[0], 1, generator=self._generator))
+        return self._draw(scores.softmax(-1))
+
+    def verify(self, guess: int, prompt: Sequence[int], new: Sequence[int], logits: torch.Tensor) -> int:
+        """The next token where `guess` has been made: with probability p(guess) that one, else one drawn from the
+        others; together the model's own distribution (Leviathan et al. 2023, for guesses that are certain)."""
+        scores = self._scores(prompt, new, logits, None)
+        if self.greedy:
+            return int(scores.argmax())
+        probabilities = scores.softmax(-1)
+        if float(torch.rand((), generator=self._generator)) < float(probabilities[guess]):
+            return guess
+        probabilities[guess] = 0.0
+        return self._draw(probabilities)
+
+    def _draw(self, probabilities: torch.Tensor) -> int:
+        return int(torch.multinomial(probabilities, 1, generator=self._generator))
+
+    def _scores(
+        self, prompt: Sequence[int], new: Sequence[int], logits: torch.Tensor, allowed: torch.Tensor | None
+    ) -> torch.Tensor:
+        settings = self._sampling
+        scores = logits.float().cpu().clone()
+        if self._penalties:
+            scores = self._penalties(torch.LongTensor([[*prompt, *new]]), scores[None])[0]
+        if new and (settings.presence_penalty or settings.frequency_penalty):
+            counts = Counter(new)
+            times = torch.tensor(list(counts.values()), dtype=scores.dtype)
+            taken = settings.presence_penalty + settings.frequency_penalty * times
+            scores[torch.tensor(list(counts))] -= taken
+        for token, bias in settings.logit_bias.items():
+            scores[token] += bias
+        if allowed is not None:
+            scores = scores.masked_fill(~allowed, float("-inf"))
+        elif len(new) < settings.min_new_tokens:  # what a constraint has completed ends all the same
+            scores[self._stop_ids] = float("-inf")
+        return self._warpers(torch.LongTensor([[*prompt, *new]]), scores[None])[0] if self._warpers else scores

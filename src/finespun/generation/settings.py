@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import Field
+from cyclopts import Parameter
+from pydantic import Field, model_validator
 
 from finespun.recipe import Section
+
+Penalty = Annotated[float, Field(ge=-2, le=2)]
 
 
 class Sampling(Section):
@@ -14,7 +17,9 @@ class Sampling(Section):
 
     max_new_tokens: Annotated[int, Field(ge=1)] = 256
     """Longest continuation, in tokens."""
-    temperature: Annotated[float, Field(ge=0)] = 0.0
+    min_new_tokens: Annotated[int, Field(ge=0)] = 0
+    """A continuation does not end by itself before it has so many tokens."""
+    temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     """0 is greedy; 1 samples from the model's own distribution; lower is safer, higher more surprising."""
     top_k: Annotated[int, Field(ge=1)] | None = None
     """Sample among the k most likely tokens only (Fan et al. 2018)."""
@@ -22,9 +27,50 @@ class Sampling(Section):
     """Sample among the most likely tokens that together have this probability (Holtzman et al. 2020)."""
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Sample among tokens at least this share as likely as the most likely one (Nguyen et al. 2024)."""
-    repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
-    """Above 1, tokens that have occurred become less likely (Keskar et al. 2019)."""
+    typical_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Sample among the tokens whose surprise is nearest to the expected one, that together have this probability
+    (Meister et al. 2023)."""
+    repetition_penalty: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    """Above 1, tokens that have occurred, in the prompt too, become less likely (Keskar et al. 2019)."""
+    presence_penalty: Penalty = 0.0
+    """Taken from the logit of each token that the continuation has already."""
+    frequency_penalty: Penalty = 0.0
+    """Taken from the logit of a token once for each time that the continuation has it."""
+    no_repeat_ngram_size: Annotated[int, Field(ge=1)] | None = None
+    """No sequence of so many tokens occurs twice, the prompt included."""
+    logit_bias: Annotated[dict[int, float], Parameter(parse=False)] = Field(default_factory=dict)
+    """Added to the logits of these token ids."""
     stop: list[str] = Field(default_factory=list)
     """Texts at which a continuation ends; they are not part of it."""
+    json_schema: dict[str, Any] | None = None
+    """The continuation is a JSON text that follows this schema; {} allows any JSON."""
+    regex: str | None = None
+    """The continuation as a whole matches this regular expression (syntax of Rust's regex crate)."""
+    choices: Annotated[list[str], Field(min_length=1)] | None = None
+    """The continuation is one of these texts."""
+    grammar: str | None = None
+    """The continuation follows this context-free grammar, in the Lark syntax of llguidance."""
+    best_of: Annotated[int, Field(ge=1)] = 1
+    """So many are sampled for each that is given: the one whose tokens are likeliest on average."""
+    beams: Annotated[int, Field(ge=1)] = 1
+    """Above 1, beam search: so many beginnings are followed at once, and the likeliest whole text is given."""
+    length_penalty: Annotated[float, Field(allow_inf_nan=False)] = 1.0
+    """Beams are compared by log-probability / length ** this: above 0, longer texts are preferred."""
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    """Gives the log-probability of each token, and of so many of the likeliest ones in its place."""
+    draft_tokens: Annotated[int, Field(ge=0)] = 0
+    """So many tokens are guessed at once, from an earlier place where the last ones stood too, and verified in one
+    pass: faster where an answer repeats the prompt, and what is written does not change (Saxena 2023)."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of the sampling; the n-th sample of any prompt draws from its own stream of it."""
+
+    @model_validator(mode="after")
+    def _one_constraint(self) -> Sampling:
+        given = [name for name in CONSTRAINTS if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} exclude each other")
+        return self
+
+
+CONSTRAINTS = ("json_schema", "regex", "choices", "grammar")
+"""Settings that say what a continuation has to look like."""

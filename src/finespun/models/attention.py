@@ -9,14 +9,14 @@ are taken in blocks, each with the keys that it may see: of long examples, half 
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -142,9 +142,9 @@ class _Attention(torch.autograd.Function):
             k, v = (_gather(x, key_rows, 1, length).squeeze(1) for x in (key, value))
             output = torch.empty_like(q)
             for begin, end, low in _blocks(length, window):
-                scores = _scores(q[:, :, begin:end], k[:, low:end], scale, softcap)
-                probabilities = _probabilities(scores, begin, low, window, v.dtype)
-                output[:, :, begin:end] = _product(probabilities, v[:, low:end])
+                scores = scaled_scores(q[:, :, begin:end], k[:, low:end], scale, softcap)
+                probabilities = causal_probabilities(scores, begin, low, window, v.dtype)
+                output[:, :, begin:end] = grouped_product(probabilities, v[:, low:end])
                 if length <= BLOCK:
                     kept.append(probabilities)
             outputs.append(output)
@@ -173,19 +173,19 @@ class _Attention(torch.autograd.Function):
                 part, seen = slice(begin, end), slice(low, end)
                 scores = None
                 if softcap or length > BLOCK:
-                    scores = _scores(q[:, :, part], k[:, seen], scale, softcap)
+                    scores = scaled_scores(q[:, :, part], k[:, seen], scale, softcap)
                 slope = (1 - (scores / softcap).square_()) if softcap and scores is not None else None
                 if length <= BLOCK:
                     probabilities = next(kept_parts)
                 else:
                     assert scores is not None  # computed above for these
-                    probabilities = _probabilities(scores, begin, low, window, v.dtype)
+                    probabilities = causal_probabilities(scores, begin, low, window, v.dtype)
                 grad_v[:, seen] += _transposed_product(probabilities, above[:, :, part])
-                grad_probabilities = _product(above[:, :, part], v[:, seen].transpose(1, 2))
+                grad_probabilities = grouped_product(above[:, :, part], v[:, seen].transpose(1, 2))
                 grad_scores = _softmax_backward(grad_probabilities, probabilities)
                 if slope is not None:
                     grad_scores = (grad_scores * slope).to(q.dtype)
-                grad_q[:, :, part] = _product(grad_scores, k[:, seen], scale)
+                grad_q[:, :, part] = grouped_product(grad_scores, k[:, seen], scale)
                 grad_k[:, seen] += _transposed_product(grad_scores, q[:, :, part], scale)
             found.append((grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype)))
         places = (of_query.places, of_key.places, of_key.places)
@@ -210,7 +210,7 @@ def _blocks(length: int, window: int | None) -> Iterator[tuple[int, int, int]]:
         yield begin, min(begin + BLOCK, length), max(0, begin - window + 1) if window else 0
 
 
-def _product(left: torch.Tensor, right: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+def grouped_product(left: torch.Tensor, right: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
     """`scale * [batch, repeats, rows, n] @ [batch, n, m]`."""
     return _scaled_product(left.flatten(1, 2), right, scale).view(*left.shape[:-1], right.shape[-1])
 
@@ -226,15 +226,17 @@ def _scaled_product(left: torch.Tensor, right: torch.Tensor, scale: float) -> to
     return torch.baddbmm(result, left, right, beta=0, alpha=scale, out=result)
 
 
-def _scores(q: torch.Tensor, k: torch.Tensor, scale: float, softcap: float | None) -> torch.Tensor:
+def scaled_scores(q: torch.Tensor, k: torch.Tensor, scale: float, softcap: float | None) -> torch.Tensor:
     """In float32 also for shorter types: rounded to bfloat16, a score of 10 would be off by 0.03, and its probability
     by as much of itself."""
     wide = accumulation_type(q.dtype)
-    scores = _product(q.to(wide), k.transpose(1, 2).to(wide), scale)
+    scores = grouped_product(q.to(wide), k.transpose(1, 2).to(wide), scale)
     return scores.div_(softcap).tanh_().mul_(softcap) if softcap else scores
 
 
-def _probabilities(scores: torch.Tensor, begin: int, low: int, window: int | None, dtype: torch.dtype) -> torch.Tensor:
+def causal_probabilities(
+    scores: torch.Tensor, begin: int, low: int, window: int | None, dtype: torch.dtype
+) -> torch.Tensor:
     """Softmax over the keys that each query sees: not those behind it or before its window. Changes `scores`."""
     queries, keys = scores.shape[-2:]
     hidden = scores
@@ -321,22 +323,27 @@ def _variable_length(
     return output
 
 
-def _no_mask(*_: Any, **__: Any) -> None:
+def no_mask(*_: Any, **__: Any) -> None:
     """The packing plan says all that a mask would."""
 
 
 ALL_ATTENTION_FUNCTIONS.register(NAME, packed_attention)
-ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, _no_mask)
+ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, no_mask)
 
 
-@contextlib.contextmanager
-def packed(model: PreTrainedModel) -> Generator[None]:
+def packed(model: PreTrainedModel) -> AbstractContextManager[None]:
     """Inside, the model attends through `packed_attention` and needs `packing=` in each call."""
+    return attending(model, NAME)
+
+
+@contextmanager
+def attending(model: PreTrainedModel, name: str) -> Generator[None]:
+    """Inside, the model attends through the function that is registered under `name`."""
     before = model.config._attn_implementation
-    if before == NAME:
+    if before == name:
         yield
         return
-    model.set_attn_implementation(NAME)
+    model.set_attn_implementation(name)
     try:
         yield
     finally:
@@ -363,16 +370,20 @@ def packs_exactly(model: PreTrainedModel, decoder: torch.nn.Module) -> bool:
             ).last_hidden_state[0]
     except (NotImplementedError, TypeError, ValueError, KeyError):
         return False
-    if plan.windows != _windows(model.config.get_text_config()):
-        return False
-    errors = (together - alone).float().norm(dim=-1) / alone.float().norm(dim=-1)
-    if alone.dtype in (torch.float32, torch.float64):
+    return plan.windows == windows_of(model) and same_up_to_rounding(together, alone)
+
+
+def same_up_to_rounding(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Whether the rows of `found` `[tokens, dim]` are those that were `expected`, as exactly as their type allows."""
+    errors = (found - expected).float().norm(dim=-1) / expected.float().norm(dim=-1)
+    if expected.dtype in (torch.float32, torch.float64):
         return bool(errors.max() <= 1e-3)
     return bool(errors.median() <= 5e-2)  # of a rounded type single tokens are further away, whatever computes them
 
 
-def _windows(config: PreTrainedConfig) -> set[int | None]:
+def windows_of(model: PreTrainedModel) -> set[int | None]:
     """How far back the layers of a model look, by its config: what `packed_attention` must have been told."""
+    config = model.config.get_text_config()
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"]
     known = {"full_attention": None, "sliding_attention": window}

@@ -1,0 +1,198 @@
+"""Forward passes for the engine: `SlotRunner` for models whose attention comes from the registry of `transformers`,
+`SingleRunner`, a sequence at a time through the model's own cache, for all others."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from transformers import Cache, DynamicCache, PreTrainedModel
+
+from finespun.generation.cache import NAME, Part, SlotCache, Step
+from finespun.models.adapters import soft_prompt_cache
+from finespun.models.attention import attending, same_up_to_rounding, windows_of
+from finespun.models.load import LoadedModel
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Tokens to read, and of how many of them, from the last one back, the logits are wanted."""
+
+    part: Part
+    wanted: int
+
+
+class Runner(Protocol):
+    """What the engine needs of a model."""
+
+    begin: int
+    """Position at which a sequence begins: behind the soft prompt, if there is one."""
+    shares: bool
+    """Whether `copy` is possible."""
+
+    def resize(self, slots: int, capacity: int) -> None:
+        """Makes room for so many sequences of so many tokens."""
+        ...
+
+    def clear(self) -> None:
+        """Forgets all slots."""
+        ...
+
+    def start(self, slot: int) -> None:
+        """Makes a slot ready for a new sequence."""
+        ...
+
+    def copy(self, source: int, target: int, tokens: int) -> None:
+        """The first `tokens` positions of a slot become those of another."""
+        ...
+
+    def logits(self, readings: Sequence[Reading]) -> list[torch.Tensor]:
+        """For each reading `[wanted, vocab]`."""
+        ...
+
+    def attending(self) -> AbstractContextManager[None]:
+        """Around calls of `logits`."""
+        ...
+
+
+def runner_for(loaded: LoadedModel) -> Runner:
+    """The faster runner that is exact for this model."""
+    model = loaded.causal_lm
+    if model not in _exact:
+        _exact[model] = _is_exact(model)
+    prompt = soft_prompt_cache(loaded.model, rows=1)
+    return SlotRunner(model, prompt) if _exact[model] else SingleRunner(loaded)
+
+
+_exact: weakref.WeakKeyDictionary[PreTrainedModel, bool] = weakref.WeakKeyDictionary()
+
+
+class SlotRunner:
+    """All sequences in one packed row."""
+
+    shares = True
+
+    def __init__(self, model: PreTrainedModel, soft_prompt: tuple[Cache, int] | None = None) -> None:
+        self._model = model
+        self._cache = SlotCache(0, 0)
+        self._soft_prompt, self.begin = soft_prompt or (None, 0)
+
+    @property
+    def windows(self) -> set[int | None]:
+        """How far back the layers have looked that were computed; None for one that sees all."""
+        return self._cache.windows
+
+    def resize(self, slots: int, capacity: int) -> None:
+        self._cache.resize(slots, capacity)
+
+    def clear(self) -> None:
+        self._cache = SlotCache(0, 0)
+
+    def start(self, slot: int) -> None:
+        if self._soft_prompt is not None:
+            self._cache.begin_with(slot, self._soft_prompt)
+
+    def copy(self, source: int, target: int, tokens: int) -> None:
+        self._cache.copy(source, target, tokens)
+
+    def attending(self) -> AbstractContextManager[None]:
+        return attending(self._model, NAME)
+
+    def logits(self, readings: Sequence[Reading]) -> list[torch.Tensor]:
+        written = sorted((r for r in readings if len(r.part.ids) == 1), key=lambda r: r.part.slot)
+        fresh = [r for r in readings if len(r.part.ids) > 1 and r.part.begin == 0]
+        read = [r for r in readings if len(r.part.ids) > 1 and r.part.begin > 0]
+        ordered = [*written, *fresh, *read]
+        parts = ([r.part for r in kind] for kind in (written, fresh, read))
+        step = Step(self._cache, *parts, device=self._model.device)
+        ends = torch.tensor([len(r.part.ids) for r in ordered]).cumsum(0).tolist()
+        wanted = [row for r, end in zip(ordered, ends, strict=True) for row in range(end - r.wanted, end)]
+        output = self._model(
+            input_ids=step.ids[None],
+            position_ids=step.positions[None],
+            step=step,
+            use_cache=False,
+            logits_to_keep=torch.tensor(wanted, dtype=torch.long, device=step.ids.device),
+        )
+        rows = output.logits[0].split([r.wanted for r in ordered])
+        found = {id(reading): logits for reading, logits in zip(ordered, rows, strict=True)}
+        return [found[id(reading)] for reading in readings]
+
+
+class SingleRunner:
+    """A sequence at a time, in the model's own way."""
+
+    shares = False
+
+    def __init__(self, loaded: LoadedModel) -> None:
+        self._loaded = loaded
+        self._model = loaded.causal_lm
+        self._caches: dict[int, DynamicCache] = {}
+        prompt = soft_prompt_cache(loaded.model, rows=1)
+        self.begin = prompt[1] if prompt else 0
+
+    def resize(self, slots: int, capacity: int) -> None:
+        pass
+
+    def clear(self) -> None:
+        self._caches.clear()
+
+    def start(self, slot: int) -> None:
+        prompt: Any = soft_prompt_cache(self._loaded.model, rows=1)
+        self._caches[slot] = prompt[0] if prompt else DynamicCache(config=self._model.config)
+
+    def copy(self, source: int, target: int, tokens: int) -> None:
+        raise NotImplementedError("the engine asks only runners that share")
+
+    def attending(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def logits(self, readings: Sequence[Reading]) -> list[torch.Tensor]:
+        return [self._of_one(reading) for reading in readings]
+
+    def _of_one(self, reading: Reading) -> torch.Tensor:
+        part, cache = reading.part, self._caches[reading.part.slot]
+        if cache.get_seq_length() > part.begin:  # guesses that were wrong
+            cache.crop(part.begin)
+        output = self._model(
+            input_ids=torch.tensor([list(part.ids)], device=self._model.device),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=max(1, reading.wanted),
+        )
+        return output.logits[0, : reading.wanted]
+
+
+@torch.inference_mode()
+def _is_exact(model: PreTrainedModel) -> bool:
+    """Whether two sequences, read and continued in slots, get the logits that each gets alone by the model's own code.
+    This tries it out, as `packs_exactly` does for training."""
+    sequences = {2: [token * 997 % model.config.vocab_size for token in range(1, 10)]}
+    sequences[0] = sequences[2][::-1][:7]
+    # beginnings of both; one token more of each; several more of the first
+    cuts = {2: ((0, 4), (4, 5), (5, 9)), 0: ((0, 6), (6, 7))}
+    runner = SlotRunner(model)
+    runner.resize(slots=3, capacity=16)
+    found: dict[int, list[torch.Tensor]] = {slot: [] for slot in cuts}
+    try:
+        with runner.attending():
+            for turn in range(3):
+                parts = [
+                    Part(slot, begin, sequences[slot][begin:end])
+                    for slot, of_slot in cuts.items()
+                    for begin, end in of_slot[turn : turn + 1]
+                ]
+                for part, rows in zip(parts, runner.logits([Reading(p, len(p.ids)) for p in parts]), strict=True):
+                    found[part.slot].append(rows)
+    except (NotImplementedError, TypeError, ValueError, KeyError, AttributeError):
+        return False
+    own = [
+        model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0]
+        for ids in sequences.values()
+    ]
+    rows = torch.cat([rows for slot in sequences for rows in found[slot]])
+    return runner.windows == windows_of(model) and same_up_to_rounding(rows, torch.cat(own))
