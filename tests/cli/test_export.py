@@ -91,6 +91,7 @@ def test_what_is_neither_a_run_nor_a_model(tiny_folder: Path, in_tmp: Path, caps
     assert "was not found" in refused(capsys, "no-such-run", "--to", "hf", "--out", "out")
     assert "holds no run" in refused(capsys, str(tiny_folder), "--to", "card", "--out", "out")
     assert not Path("out").exists()
+    assert list(Path("empty").iterdir()) == []
 
 
 def test_a_folder_that_is_taken_is_left_alone(

@@ -20,7 +20,7 @@ from finespun.data.templates import Encoder
 from finespun.errors import ModelError, RunError
 from finespun.export import ollama, vllm
 from finespun.export.card import hub_id, model_card
-from finespun.export.settings import ExportSettings, StoredPrecision
+from finespun.export.settings import WITH_TYPE, ExportSettings, StoredPrecision, Target
 from finespun.files import new_folder, write_text
 from finespun.models.adapters import merge
 from finespun.models.catalog import locate
@@ -45,27 +45,26 @@ def export(name: str, settings: ExportSettings) -> list[str]:
         check_push(settings.push)
     run = RunFolder(Path(name).expanduser())
     called = run.path.absolute().name
+    path = run.path if settings.to == "card" else locate(name).path
+    card = _card(run, settings.to)
+    lines = []
     with new_folder(out) as new:
-        if settings.to == "card":
-            # the kind of model that the run has, whatever else was exported
-            lines = _write_card(run, new, "peft" if (run.model / "adapter_config.json").is_file() else "transformers")
-        elif settings.to == "adapter":
-            lines = write_adapter(name, new)
-        else:
-            lines = _write_weights(name, called, settings, new, out)
-        if settings.to not in ("card", "vllm") and run.recipe_file.is_file():
-            library = {"adapter": "peft", "gguf": None, "ollama": None}.get(settings.to, "transformers")
-            lines += _write_card(run, new, library)
+        if settings.to == "adapter":
+            lines = write_adapter(name, path, new)
+        elif settings.to != "card":
+            lines = _write_weights(name, path, called, settings, new)
+        if card:
+            write_text(new / "README.md", card)
     return [*lines, f"Written to {out}", *_next_step(settings, called, out), *_pushed(out, settings.push)]
 
 
-def write_adapter(name: str, folder: Path) -> list[str]:
-    """The adapter of `name` as a PEFT folder that names its base as the hub does; returns what to know about it."""
-    path = locate(name).path
+def write_adapter(name: str, path: Path, folder: Path) -> list[str]:
+    """The adapter of the model `name`, which lies in `path`, as a PEFT folder that names its base as the hub does;
+    returns what to know about it. Raises `ModelError` where there is none, or its base is not the one it goes with."""
     config_file = path / "adapter_config.json"
     if not config_file.is_file():
         raise ModelError(f"{name}: has no adapter; all of its weights were trained. Use --to hf.")
-    loaded = load_model(name, "float32", torch.device("cpu"))  # says so if the base is another one
+    loaded = load_model(name, "float32", torch.device("cpu"))  # which checks the base
     shutil.copytree(path, folder, dirs_exist_ok=True)
     hub_name = hub_id(loaded.base_name)
     config = json.loads(config_file.read_text(encoding="utf-8"))
@@ -132,9 +131,8 @@ def push(folder: Path, repository: str) -> str:
     return str(address)
 
 
-def _write_weights(name: str, called: str, settings: ExportSettings, new: Path, out: Path) -> list[str]:
-    """All of the weights, in the form that `settings.to` names, into `new`, which will be `out`."""
-    path = locate(name).path
+def _write_weights(name: str, path: Path, called: str, settings: ExportSettings, new: Path) -> list[str]:
+    """All of the weights of the model `name`, which lies in `path`, in the form that `settings.to` names."""
     adapter = path / "adapter_config.json"
     if settings.to == "hf" and adapter.is_file():
         raise ModelError(f"{name}: has an adapter. Use --to merged for all weights in one folder, or --to adapter.")
@@ -175,9 +173,12 @@ def _stored_in(path: Path) -> StoredPrecision:
     return found if found in ("bfloat16", "float16") else "float32"
 
 
-def _write_card(run: RunFolder, folder: Path, library: str | None) -> list[str]:
-    write_text(folder / "README.md", model_card(run, library))
-    return []
+def _card(run: RunFolder, target: Target) -> str | None:
+    """The model card that goes with an export; none for what is no run, and for a command."""
+    if target == "vllm" or (target != "card" and not run.recipe_file.is_file()):
+        return None
+    adapter = target == "adapter" or (target == "card" and (run.model / "adapter_config.json").is_file())
+    return model_card(run, "peft" if adapter else None if target in WITH_TYPE else "transformers")
 
 
 def _default_out(name: str, target: str) -> Path:
