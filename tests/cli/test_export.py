@@ -66,6 +66,7 @@ def test_what_there_is_to_choose_from_is_said(capsys: pytest.CaptureFixture[str]
     assert '"hf", "adapter", "merged", "gguf", "ollama", "vllm", "card"' in unknown
     unknown = refused(capsys, "run", "--to", "hf", "--precision", "int8")
     assert '"float32", "bfloat16", "float16"' in unknown
+    assert '"q8_0"' in refused(capsys, "run", "--to", "gguf", "--type", "q9")
     assert "--to" in refused(capsys, "run")
 
 

@@ -43,7 +43,7 @@ def test_a_card_says_what_the_run_was_made_of_and_what_came_out(run: RunFolder) 
     for what in ("before", "after", "ratio"):
         value = manifest["results"][f"perplexity_{what}"]
         assert f"| {value['value']:.4g} | {value['low']:.4g} to {value['high']:.4g} |" in card.text
-    assert "On 4 held-out examples" in card.text
+    assert f"On {manifest['data']['validation']} held-out examples" in card.text
     for sample in run.samples():
         assert f"````\n{sample['prompt'].strip()}\n````" in card.text
         assert sample["after"].strip() in card.text

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -31,7 +32,7 @@ from finespun.recipe import LoraRecipe, SoftPromptRecipe
 
 CPU = torch.device("cpu")
 RANK, ALPHA = 4, 8.0
-PROMPTS = ["What is a heron?", "Name three rivers.", "Write one line about a mill.", "雪"]
+PROMPTS = ["What is a heron?", "Write one line about a mill.", "雪"]
 
 
 def with_adapter(name: str, folder: Path, **changes: Any) -> Path:
@@ -119,15 +120,15 @@ def test_the_merged_folder_writes_what_the_adapter_writes(
         said = [{"role": "user", "content": prompt}]
         ids = tokenizer.apply_chat_template(said, add_generation_prompt=True, return_tensors="pt", return_dict=True)
         with torch.no_grad():
-            new = model.generate(**ids, max_new_tokens=24, do_sample=False)
+            new = model.generate(**ids, max_new_tokens=16, do_sample=False)
         return tokenizer.decode(new[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
 
-    plain = [written(base, prompt) for prompt in PROMPTS]
+    plain = written(base, PROMPTS[0])
     adapted = PeftModel.from_pretrained(base, smollm2_adapter)
     texts = [written(merged, prompt) for prompt in PROMPTS]
     assert texts == [written(adapted, prompt) for prompt in PROMPTS]
-    assert texts != plain, "the adapter changes nothing, so this shows nothing"
-    assert texts == finespun.load(smollm2_merged).generate(PROMPTS, max_new_tokens=24)
+    assert texts[0] != plain, "the adapter changes nothing, so this shows nothing"
+    assert texts == finespun.load(smollm2_merged).generate(PROMPTS, max_new_tokens=16)
 
 
 def test_an_adapter_folder_is_the_adapter_and_names_its_base_as_the_hub_does(
@@ -250,8 +251,12 @@ def test_the_command_for_an_adapter_beside_its_base(tiny_folder: Path, in_tmp: P
     with_adapter(str(tiny_folder), Path("run/model"))
     export("run", ExportSettings("vllm"))
     (command,) = re.findall("^# (vllm serve .*)$", Path("run/export/vllm/serve.sh").read_text(), re.MULTILINE)
-    assert command.startswith(f"vllm serve {tiny_folder} --tokenizer ./adapter --enable-lora ")
-    assert "--lora-modules run=./adapter --max-lora-rank 8 " in command
+    command = shlex.split(command)
+    assert command[:3] == ["vllm", "serve", str(tiny_folder)]
+    assert json.loads(command[command.index("--lora-modules") + 1]) == {"name": "run", "path": "./adapter"}
+    assert command[command.index("--max-lora-rank") + 1] == "8"
+    for option in ("--tokenizer", "--generation-config"):
+        assert command[command.index(option) + 1] == "./model", "whose stop tokens are those of the run"
     assert (Path("run/export/vllm/adapter") / "adapter_model.safetensors").is_file()
 
 
@@ -273,7 +278,7 @@ def test_only_what_vllm_can_serve_is_offered_as_an_adapter() -> None:
 def test_sampling_that_a_model_suggests_is_not_what_vllm_starts_from(tmp_path: Path) -> None:
     suggested = {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "do_sample": True, "eos_token_id": [1, 2]}
     (tmp_path / "generation_config.json").write_text(json.dumps(suggested))
-    command = vllm.serve_command("m", "m", 128, "bfloat16", tmp_path, "m")
+    command = vllm.serve_command("m", tmp_path, "m", 128, "bfloat16")
     assert json.loads(command[command.index("--override-generation-config") + 1]) == {
         "temperature": 0.0,
         "top_p": 1.0,

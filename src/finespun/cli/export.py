@@ -7,7 +7,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from finespun.export.settings import ExportSettings, StoredPrecision, Target
+from finespun.export.settings import ExportSettings, Quantization, StoredPrecision, Target
 
 
 def export(
@@ -17,7 +17,7 @@ def export(
     to: Target,
     out: Path | None = None,
     precision: StoredPrecision | None = None,
-    gguf_type: Annotated[str | None, Parameter(name="--type")] = None,
+    gguf_type: Annotated[Quantization | None, Parameter(name="--type")] = None,
     push: str | None = None,
 ) -> None:
     """Write a trained model for other programs.

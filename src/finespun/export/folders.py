@@ -30,8 +30,8 @@ from finespun.runs import RunFolder
 PROBE = "The lighthouse keeper wrote: 一 42 naïve.\n"
 """What a model is asked before and after its adapter is folded in."""
 
-MERGED_LOGITS_TOLERANCE = 1e-3
-"""How far logits may move in that, relative to the largest: float32 stays a hundred times below."""
+MERGED_LOGITS_TOLERANCE = 1e-4
+"""How far logits may move in that, relative to the largest; of SmolLM2 they move by 3e-6 in float32."""
 
 
 def export(name: str, settings: ExportSettings) -> list[str]:
@@ -140,7 +140,6 @@ def _write_weights(name: str, path: Path, called: str, settings: ExportSettings,
         raise ModelError(f"{name}: has no adapter to merge. Use --to hf.")
     loaded = load_model(name, "float32", torch.device("cpu"))
     encoder = Encoder(loaded.tokenizer)
-    base = hub_id(loaded.base_name) or str(loaded.base_path.absolute())
     fold_in_adapter(loaded, encoder)
     if settings.to == "gguf":
         from finespun.export.gguf import write_gguf
@@ -151,18 +150,24 @@ def _write_weights(name: str, path: Path, called: str, settings: ExportSettings,
         return ollama.write_modelfile(loaded, encoder, new, settings.gguf_type or "f16")
     precision = settings.precision or ("float32" if settings.to == "merged" else _stored_in(path))
     store_in(loaded.model, precision)
-    if settings.to != "vllm":
+    if settings.to == "vllm":
+        save_model(loaded, encoder.stop_ids, new / "model")
+        _write_serving(loaded, path, called, precision, new)
+    else:
         save_model(loaded, encoder.stop_ids, new)
-        return []
-    save_model(loaded, encoder.stop_ids, new / "model")
-    context = loaded.context_length
-    command = vllm.serve_command("./model", called, context, precision, new / "model", "./model")
-    beside = None
-    if adapter.is_file() and (rank := vllm.adapter_rank(json.loads(adapter.read_text(encoding="utf-8")))):
-        shutil.copytree(path, new / "adapter")
-        beside = vllm.serve_command(base, called, context, precision, new / "adapter", "./adapter", rank)
-    vllm.write_script(new / "serve.sh", command, beside)
     return []
+
+
+def _write_serving(loaded: LoadedModel, path: Path, called: str, precision: StoredPrecision, new: Path) -> None:
+    """The script that serves `new/model`, with the command for the adapter in `path` where vLLM can serve that."""
+    config = path / "adapter_config.json"
+    commands = [vllm.serve_command(called, new / "model", "./model", loaded.context_length, precision)]
+    if config.is_file() and (rank := vllm.adapter_rank(json.loads(config.read_text(encoding="utf-8")))):
+        shutil.copytree(path, new / "adapter")
+        same_on_hub = None if read_origin(loaded.base_path).get("from") else hub_id(loaded.base_name)
+        beside = vllm.Adapter(same_on_hub or str(loaded.base_path.absolute()), "./adapter", rank)
+        commands += [vllm.serve_command(called, new / "model", "./model", loaded.context_length, precision, beside)]
+    vllm.write_script(new / "serve.sh", *commands)
 
 
 def _stored_in(path: Path) -> StoredPrecision:

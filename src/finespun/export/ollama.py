@@ -16,6 +16,7 @@ from typing import Any
 
 from finespun.data.templates import Encoder
 from finespun.errors import ModelError
+from finespun.export.settings import Quantization
 from finespun.files import write_text
 from finespun.models.load import LoadedModel
 
@@ -124,7 +125,7 @@ def chat_pieces(render: Render) -> ChatPieces:
     return found
 
 
-def write_modelfile(loaded: LoadedModel, encoder: Encoder, folder: Path, gguf_type: str) -> list[str]:
+def write_modelfile(loaded: LoadedModel, encoder: Encoder, folder: Path, gguf_type: Quantization) -> list[str]:
     """Writes `model.gguf` and the `Modelfile` for it into `folder`; returns what a person has to know about it.
 
     `loaded` has no adapter. Raises `ModelError` for a chat template that Ollama cannot reproduce, before anything is

@@ -10,6 +10,7 @@ from finespun.errors import RecipeError
 
 Target = Literal["hf", "adapter", "merged", "gguf", "ollama", "vllm", "card"]
 StoredPrecision = Literal["float32", "bfloat16", "float16"]
+Quantization = Literal["f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m"]
 
 WITH_PRECISION = ("hf", "merged", "vllm")
 WITH_TYPE = ("gguf", "ollama")
@@ -25,7 +26,7 @@ class ExportSettings:
     to: Target
     out: Path | None = None
     precision: StoredPrecision | None = None
-    gguf_type: str | None = None
+    gguf_type: Quantization | None = None
     push: str | None = None
 
     def __post_init__(self) -> None:

@@ -6,7 +6,7 @@ import json
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from finespun.files import write_text
 from finespun.generation.settings import Sampling
@@ -15,28 +15,30 @@ LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What `--max-lora-rank` can be."""
 
 
-def serve_command(
-    model: str,
-    name: str,
-    context_length: int,
-    precision: str,
-    folder: Path,
-    shown: str,
-    adapter_rank: int | None = None,
-) -> list[str]:
-    """The arguments of `vllm serve` for `model`, called `name` by its clients.
+class Adapter(NamedTuple):
+    """A LoRA adapter, in the folder `path` when it is served, beside the model `base`."""
 
-    `folder` holds the tokenizer, and has the path `shown` where the command will run: the model itself or, with an
-    `adapter_rank`, a LoRA adapter beside `model`. What is not asked for in a request is as finespun's own default,
-    whatever the model's generation config says; its stop tokens count.
+    base: str
+    path: str
+    rank: int
+
+
+def serve_command(
+    name: str, folder: Path, shown: str, context_length: int, precision: str, adapter: Adapter | None = None
+) -> list[str]:
+    """The arguments of `vllm serve` for the model in `folder`, called `name` by its clients, or for the same model
+    as an `adapter` beside its base.
+
+    Where the command runs, the folder has the path `shown`; tokenizer and stop tokens are taken from it in both cases.
+    What a request does not ask for is as finespun's own default, whatever the model's generation config says.
     """
-    command = ["vllm", "serve", model]
-    if adapter_rank:
-        rank = next(rank for rank in LORA_RANKS if rank >= adapter_rank)
-        command += ["--tokenizer", shown, "--enable-lora", "--lora-modules", f"{name}={shown}"]
-        command += ["--max-lora-rank", str(rank)]
+    if adapter:
+        rank = next(rank for rank in LORA_RANKS if rank >= adapter.rank)
+        modules = json.dumps({"name": name, "path": adapter.path})
+        command = ["vllm", "serve", adapter.base, "--enable-lora", "--lora-modules", modules]
+        command += ["--max-lora-rank", str(rank), "--tokenizer", shown, "--generation-config", shown]
     else:
-        command += ["--served-model-name", name]
+        command = ["vllm", "serve", shown, "--served-model-name", name]
     command += ["--max-model-len", str(context_length), "--dtype", precision]
     if (folder / "chat_template.jinja").is_file():
         command += ["--chat-template", f"{shown}/chat_template.jinja"]
@@ -52,7 +54,7 @@ def adapter_rank(config: Mapping[str, Any]) -> int | None:
     return rank if rank <= LORA_RANKS[-1] else None
 
 
-def write_script(path: Path, command: Sequence[str], beside: Sequence[str] | None) -> None:
+def write_script(path: Path, command: Sequence[str], beside: Sequence[str] = ()) -> None:
     """Writes a shell script that runs `command` in the script's own folder, with further arguments behind it; `beside`,
     the command that serves the adapter beside its base, is there to be copied."""
     lines = ["#!/bin/sh", 'cd "$(dirname "$0")" || exit 1', f'exec {shlex.join(command)} "$@"']
