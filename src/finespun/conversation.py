@@ -59,8 +59,9 @@ class Conversation:
             self.turns.pop()
             raise
         try:
-            while self._engine.step():
-                pass
+            with self._engine.running():
+                while self._engine.step():
+                    pass
         except KeyboardInterrupt:
             self._engine.cancel(request)
         answer = request.completion.text if request.completion else "".join(pieces)

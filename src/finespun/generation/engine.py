@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Literal
@@ -160,6 +161,10 @@ class Engine:
         )
         self._waiting.append(request)
         return request
+
+    def running(self) -> AbstractContextManager[None]:
+        """Around many steps, each of which is then a millisecond faster. Inside, the model is the engine's alone."""
+        return self._runner.attending()
 
     def cancel(self, request: Request) -> None:
         """Ends a request, whose slot is free at once; nothing happens to one that has ended."""
@@ -395,8 +400,9 @@ def generate(
                 requests[number, draw] = engine.add(prompts[number], sampling, draw, emit)
             except DataError as error:
                 raise DataError(f"Prompt {number + 1}: {error}") from None
-    while engine.step():
-        pass
+    with engine.running():
+        while engine.step():
+            pass
     completions = {place: request.result() for place, request in requests.items()}
     return [
         [

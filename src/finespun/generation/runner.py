@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Generator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,6 +16,7 @@ from finespun.generation.cache import NAME, Part, SlotCache, Step
 from finespun.models.adapters import soft_prompt_cache
 from finespun.models.attention import attending, same_up_to_rounding, windows_of
 from finespun.models.load import LoadedModel
+from finespun.models.prepacked import Prepacked
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Runner(Protocol):
         ...
 
     def attending(self) -> AbstractContextManager[None]:
-        """Around calls of `logits`."""
+        """Around calls of `logits`; may be entered inside itself."""
         ...
 
 
@@ -78,6 +79,8 @@ class SlotRunner:
 
     def __init__(self, model: PreTrainedModel, soft_prompt: tuple[Cache, int] | None = None) -> None:
         self._model = model
+        self._prepacked: Prepacked | None = None
+        self._inside = False
         self._cache = SlotCache(0, 0)
         self._soft_prompt, self.begin = soft_prompt or (None, 0)
 
@@ -99,8 +102,18 @@ class SlotRunner:
     def copy(self, source: int, target: int, tokens: int) -> None:
         self._cache.copy(source, target, tokens)
 
-    def attending(self) -> AbstractContextManager[None]:
-        return attending(self._model, NAME)
+    @contextmanager
+    def attending(self) -> Generator[None]:
+        if self._inside:
+            yield
+            return
+        self._prepacked = self._prepacked or Prepacked(self._model)
+        with attending(self._model, NAME), self._prepacked.used():
+            self._inside = True
+            try:
+                yield
+            finally:
+                self._inside = False
 
     def logits(self, readings: Sequence[Reading]) -> list[torch.Tensor]:
         written = sorted((r for r in readings if len(r.part.ids) == 1), key=lambda r: r.part.slot)

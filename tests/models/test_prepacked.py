@@ -1,0 +1,31 @@
+"""Prepacked weights against torch's own products."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from finespun.models.prepacked import Prepacked, _can_prepack
+
+
+@pytest.mark.skipif(not _can_prepack(), reason="this CPU has no bfloat16 products")
+@pytest.mark.parametrize("rows", [1, 3, 64, 300])
+def test_products_are_the_same(rows: int) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(96, 200), torch.nn.Linear(200, 33, bias=False)).bfloat16()
+    x = torch.randn(2, rows, 96).bfloat16()
+    with torch.inference_mode():
+        expected = model(x)
+        with Prepacked(model).used():
+            assert all("forward" in vars(layer) for layer in model)
+            found = model(x)
+            part = model(x[:, :1])
+    torch.testing.assert_close(found, expected)
+    assert torch.equal(part, found[:, :1]), "a row is computed alike beside others"
+    assert all("forward" not in vars(layer) for layer in model)
+
+
+def test_there_is_nothing_to_gain_in_float32() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+    with Prepacked(model).used():
+        assert "forward" not in vars(model[0])
