@@ -11,7 +11,6 @@ from typing import Any
 import psutil
 import torch
 
-
 SHARE = 0.25
 """Of the memory that is free, so much may be taken."""
 
