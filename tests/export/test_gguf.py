@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from gguf import GGUFReader, dequantize
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -59,7 +59,8 @@ class LlamaCpp:
         params.warmup = False
         params.fit_params = False
         params.cache_ram_mib = 0
-        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 2
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+        params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
         params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
         self._server = xllamacpp.Server(params)
         self._address = self._server.listening_address
@@ -86,9 +87,16 @@ class LlamaCpp:
         )
 
     def log_probabilities(self, ids: Sequence[int], vocabulary: int) -> torch.Tensor:
-        """Of each next token after `ids`: `[vocabulary]`."""
+        """Of each next token after `ids`: `[vocabulary]`. What is sampled is forced to be a token that is a whole
+        character, since the probabilities of others are not sent."""
         answer = self.ask(
-            "/completion", prompt=list(ids), n_predict=1, temperature=0, n_probs=vocabulary, cache_prompt=False
+            "/completion",
+            prompt=list(ids),
+            n_predict=1,
+            temperature=0,
+            n_probs=vocabulary,
+            logit_bias=[[ids[0], 1e6]],
+            cache_prompt=False,
         )
         found = torch.full((vocabulary,), -torch.inf)
         for token in answer["completion_probabilities"][0]["top_logprobs"]:
@@ -121,6 +129,7 @@ def random_model(kind: str, tokenizer: PreTrainedTokenizerFast, extra_rows: int 
         for name, parameter in model.named_parameters():
             vector = parameter.dim() == 1 and name.endswith("weight")
             parameter.normal_(mean=0.7 if vector else 0.0, std=0.3 if vector else 0.15)
+        model.get_output_embeddings().weight[tokenizer.eos_token_id] = 0  # so that it does not end at once
     return LoadedModel(model, tokenizer, f"random-{kind}", Path())
 
 
@@ -218,7 +227,7 @@ def test_llama_cpp_computes_what_transformers_does(shape: str, small_tokenizer, 
         assert expected.max() - expected.min() > 3  # it does say something
         # llama.cpp looks GELU up in a table of float16
         torch.testing.assert_close(
-            found, expected, atol=2e-2 if "gelu" in ARCHITECTURES[kind].activation else 1e-3, rtol=0
+            found, expected, atol=2e-2 if "gelu" in ARCHITECTURES[kind].activation else 1e-4, rtol=0
         )
     assert llama_cpp.greedy(ids[:20], 16)["tokens"] == transformers_greedy(loaded.model, ids[:20], 16)
 
@@ -239,7 +248,7 @@ def test_a_file_read_back_has_the_same_weights(kind: str, small_tokenizer, tmp_p
     assert set(weights) == set(loaded.model.state_dict())
     for name, weight in loaded.model.state_dict().items():
         torch.testing.assert_close(weights[name], weight, atol=2e-7, rtol=0, msg=name)
-    assert read.tokenizer.get_vocab() == small_tokenizer.get_vocab()
+    assert small_tokenizer.get_vocab().items() <= read.tokenizer.get_vocab().items()  # transformers adds its own
     assert read.tokenizer.chat_template == small_tokenizer.chat_template
     assert (read.tokenizer.bos_token, read.tokenizer.eos_token) == ("<|im_start|>", "<|im_end|>")
     text = "the ferryman said 1984 times 江雪"
@@ -270,7 +279,7 @@ def split(pattern: str) -> Any:
     )
 
 
-def sentencepiece(prepend: bool) -> PreTrainedTokenizerFast:
+def sentencepiece(space: str) -> PreTrainedTokenizerFast:
     """BPE as it comes from SentencePiece: every pair of tokens that makes a token is a merge, in the tokens' order."""
     trained = Tokenizer(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.Metaspace(split=True)
@@ -288,11 +297,14 @@ def sentencepiece(prepend: bool) -> PreTrainedTokenizerFast:
         if piece[:at] in known and piece[at:] in known
     ]
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    replace = normalizers.Replace(" ", "▁")
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), replace]) if prepend else replace
+    if space in ("always", "first"):
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=space, split=False)
+    else:
+        prepend = [normalizers.Prepend("▁")] if space == "prepended" else []
+        tokenizer.normalizer = normalizers.Sequence([*prepend, normalizers.Replace(" ", "▁")])
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     tokenizer.add_special_tokens(special)
-    tokenizer.add_tokens(["[note]"])
+    tokenizer.add_tokens([AddedToken("[note]", normalized=False)])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", add_bos_token=True
     )
@@ -311,8 +323,8 @@ TOKENIZERS = {
     ),
     "qwen2": lambda: byte_level(split(QWEN_2)),
     "llama-bpe": lambda: byte_level(split(QWEN_2.replace(r"\p{N}|", r"\p{N}{1,3}|")), ignore_merges=True),
-    "sentencepiece": lambda: sentencepiece(prepend=True),
-    "sentencepiece without space": lambda: sentencepiece(prepend=False),
+    "sentencepiece": lambda: sentencepiece("prepended"),
+    "sentencepiece without space": lambda: sentencepiece("none"),
 }
 
 
@@ -322,6 +334,21 @@ def test_llama_cpp_sees_the_tokens_that_the_tokenizer_does(kind: str, tmp_path: 
     check_tokens(tokenizer, tmp_path / "model.gguf", ["<|begin|>a<|stop|> b</s>c", "a [note]b[note] c"])
     if not kind.startswith("sentencepiece"):
         assert str(GGUFReader(tmp_path / "model.gguf").fields["tokenizer.ggml.pre"].contents()) == kind
+
+
+@pytest.mark.parametrize("before", ["", " "])
+@pytest.mark.parametrize("scheme", ["first", "always"])
+def test_a_chat_gets_no_spaces_that_the_tokenizer_does_not_put(scheme: str, before: str, tmp_path: Path) -> None:
+    """Texts that begin with a space, or go on behind a special token, get one more from llama.cpp where it adds one."""
+    tokenizer = sentencepiece(scheme)
+    tokenizer.chat_template = "<s>{% for m in messages %}" + before + "{{ m['content'] + '</s>' }}{% endfor %}"
+    write_gguf(random_model("llama", tokenizer), tmp_path / "model.gguf", "f32", [tokenizer.eos_token_id])
+    llama_cpp = LlamaCpp(tmp_path / "model.gguf")
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": text} for text in ("the mill", "a boat")], tokenize=False
+    )
+    expected = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    assert llama_cpp.ask("/tokenize", content=prompt, parse_special=True)["tokens"] == expected
 
 
 def test_llama_cpp_sees_the_tokens_that_smollm2_does(smollm2_shared: LoadedModel, tmp_path: Path) -> None:
@@ -509,16 +536,19 @@ def test_tokenizers_that_llama_cpp_does_not_have_are_refused(tmp_path: Path) -> 
     unigram = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.Unigram([("<unk>", 0.0), ("a", -1.0)], unk_id=0)), eos_token="<unk>"
     )
-    unclosed = sentencepiece(prepend=True)
+    unclosed = sentencepiece("prepended")
     description = json.loads(unclosed.backend_tokenizer.to_str())
     del description["model"]["merges"][-1]
     lacking = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(description)), eos_token="</s>")
+    normalized = sentencepiece("prepended")
+    normalized.add_tokens(["[more]"])
     for tokenizer, message in (
         (byte_level(split(r"\w+|\W+")), "no name in llama.cpp"),
         (byte_level(pre_tokenizers.ByteLevel(add_prefix_space=True)), "no name in llama.cpp"),
         (lower, "Lowercase"),
         (unigram, "Unigram"),
         (lacking, "does not merge"),
+        (normalized, "normalized"),
     ):
         loaded = random_model("llama", tokenizer, num_hidden_layers=1)
         (tmp_path / "model.gguf").write_text("the file that was there")

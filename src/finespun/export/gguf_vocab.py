@@ -153,11 +153,19 @@ def _write_sentencepiece(
             "llama.cpp's SentencePiece does not do what this tokenizer does with a text: "
             f"{', '.join(json.dumps(step, ensure_ascii=False) for step in unknown)}."
         )
+    prepends = any(step["type"] == "Prepend" for step in steps)
+    for token in description["added_tokens"]:
+        if prepends and token["normalized"]:
+            raise ModelError(
+                f"The added token {token['content']!r} is normalized like words, which llama.cpp cannot do. Add it with "
+                "normalized=False."
+            )
     merges = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in description["model"]["merges"]]
     ranks: dict[str, int] = {}
     for rank, (left, right) in enumerate(merges):
         ranks.setdefault(left + right, rank)
-    _refuse_missing_merges(ranks, set(merges), set(names))
+    normal = {name for name, kind in zip(names, kinds, strict=True) if kind == TokenType.NORMAL}
+    _refuse_missing_merges(normal, set(merges))
     lowest = float(len(merges) + 1)
     writer.add_tokenizer_model("llama")
     writer.add_tokenizer_pre("default")
@@ -168,9 +176,9 @@ def _write_sentencepiece(
     writer.add_add_space_prefix(_adds_space(tokenizer, steps))
 
 
-def _refuse_missing_merges(ranks: dict[str, int], merges: set[tuple[str, ...]], names: set[str]) -> None:
+def _refuse_missing_merges(names: set[str], merges: set[tuple[str, ...]]) -> None:
     """Raises `ModelError` where neighbours make a token that the tokenizer would not merge but SentencePiece would."""
-    for token in ranks:
+    for token in names:
         for at in range(1, len(token)):
             left, right = token[:at], token[at:]
             if left in names and right in names and (left, right) not in merges:
@@ -181,13 +189,18 @@ def _refuse_missing_merges(ranks: dict[str, int], merges: set[tuple[str, ...]], 
 
 
 def _adds_space(tokenizer: PreTrainedTokenizerBase, steps: list[dict[str, Any]]) -> bool:
-    """Whether a text gets a space before it. llama.cpp then puts one behind each special token as well, which a
-    tokenizer with the scheme "first" does not; what a chat template makes begins with a special token, so that there
-    such a tokenizer puts none at all."""
-    first_only = any(step.get("prepend_scheme") == "first" for step in steps)
-    if first_only and tokenizer.chat_template:
-        return False
-    return any(step["type"] == "Prepend" or step.get("prepend_scheme") in ("first", "always") for step in steps)
+    """Whether llama.cpp shall put a space before a text and behind each special token. The normalizer Prepend does
+    that; Metaspace does not before a space, and with the scheme "first" not behind special tokens. For a chat model
+    what its template puts behind special tokens decides, else what begins a text."""
+    if any(step["type"] == "Prepend" for step in steps):
+        return True
+    scheme = next((step["prepend_scheme"] for step in steps if step["type"] == "Metaspace"), "never")
+    if scheme == "never" or not tokenizer.chat_template:
+        return scheme != "never"
+    asked = [{"role": "user", "content": "a"}]
+    prompt = str(tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True))
+    special = "|".join(re.escape(token.content) for token in tokenizer.added_tokens_decoder.values())
+    return scheme == "always" and not any(part.startswith(" ") for part in re.split(special, prompt))
 
 
 def _steps(step: dict[str, Any] | None) -> list[dict[str, Any]]:
