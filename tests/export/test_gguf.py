@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 from gguf import GGUFReader, dequantize
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from torch.nn.functional import cross_entropy
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -20,6 +22,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+import finespun
 from conftest import sentences
 from finespun.data.templates import Encoder
 from finespun.errors import ModelError, RunError
@@ -64,6 +67,7 @@ class LlamaCpp:
         params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
         self._server = xllamacpp.Server(params)
         self._address = self._server.listening_address
+        self.greedy([1], 1)  # a server that ends before it has begun to work waits for ever
 
     def ask(self, path: str, **body: Any) -> dict[str, Any]:
         request = urllib.request.Request(
@@ -102,6 +106,18 @@ class LlamaCpp:
         for token in answer["completion_probabilities"][0]["top_logprobs"]:
             found[token["id"]] = token["logprob"]
         return found
+
+    def loss(self, ids: Sequence[int]) -> float:
+        """Mean negative log-likelihood of each of `ids` but the first, in nats."""
+        total = 0.0
+        for at in range(1, len(ids)):
+            answer = self.ask(
+                "/completion", prompt=list(ids[:at]), n_predict=1, n_probs=1, logit_bias=[[ids[at], 1e6]], temperature=0
+            )
+            (said,) = answer["completion_probabilities"]
+            assert said["id"] == ids[at]
+            total -= said["logprob"]
+        return total / (len(ids) - 1)
 
 
 def random_model(kind: str, tokenizer: PreTrainedTokenizerFast, extra_rows: int = 0, **options: Any) -> LoadedModel:
@@ -391,6 +407,8 @@ def test_each_stop_token_ends_a_text(small_tokenizer, tmp_path: Path) -> None:
         assert [token for token in answer["tokens"] if token != at] == written[: written.index(at)]
 
 
+FABLES = Path(finespun.__file__).parent / "data" / "fables" / "validation.jsonl"
+
 PROMPTS = [
     f"{start} {subject}"
     for start in ("The capital of France is", "Write one sentence about", "A short story:", "Q: What is", "In 1969,")
@@ -398,33 +416,56 @@ PROMPTS = [
 ]
 
 
-def equal_to_transformers(loaded: LoadedModel, file: Path, prompts: Sequence[str], new: int) -> int:
-    """For how many prompts, put through the chat template, llama.cpp writes transformers' tokens."""
-    encoder, llama_cpp = Encoder(loaded.tokenizer), LlamaCpp(file, context=1024)
-    equal = 0
-    for prompt in prompts:
-        ids = encoder.encode_prompt(prompt)
-        expected = [token for token in transformers_greedy(loaded.model, ids, new) if token not in encoder.stop_ids]
-        found = [token for token in llama_cpp.greedy(ids, new)["tokens"] if token not in encoder.stop_ids]
-        equal += found == expected
-    return equal
+def equal_texts(llama_cpp: LlamaCpp, encoder: Encoder, expected: Sequence[tuple[list[int], list[int]]]) -> int:
+    """How many of the pairs of a prompt and what transformers writes after it llama.cpp writes as well."""
+    return sum(
+        llama_cpp.greedy(ids, len(written))["tokens"] == [token for token in written if token not in encoder.stop_ids]
+        for ids, written in expected
+    )
 
 
 def test_smollm2_writes_the_same_in_llama_cpp(smollm2_shared: LoadedModel, tmp_path: Path) -> None:
-    write_gguf(smollm2_shared, tmp_path / "model.gguf", "f32", Encoder(smollm2_shared.tokenizer).stop_ids)
-    assert equal_to_transformers(smollm2_shared, tmp_path / "model.gguf", PROMPTS[::17], 12) == 3
+    encoder = Encoder(smollm2_shared.tokenizer)
+    write_gguf(smollm2_shared, tmp_path / "model.gguf", "f32", encoder.stop_ids)
+    prompts = [encoder.encode_prompt(prompt) for prompt in PROMPTS[::17]]
+    expected = [(ids, transformers_greedy(smollm2_shared.model, ids, 12)) for ids in prompts]
+    assert equal_texts(LlamaCpp(tmp_path / "model.gguf"), encoder, expected) == 3
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_fifty_prompts_in_llama_cpp(smollm2_shared: LoadedModel, tmp_path: Path) -> None:
-    file = tmp_path / "model.gguf"
-    least = {"f32": 50, "f16": 47, "bf16": 47, "q8_0": 30}
-    counts = {}
-    for quantization in least:
-        write_gguf(smollm2_shared, file, quantization, Encoder(smollm2_shared.tokenizer).stop_ids)
-        counts[quantization] = equal_to_transformers(smollm2_shared, file, PROMPTS, 40)
-    assert all(counts[quantization] >= least[quantization] for quantization in least), counts
+def test_fifty_prompts_and_the_perplexity_of_each_quantization(smollm2_shared: LoadedModel, tmp_path: Path) -> None:
+    encoder, file = Encoder(smollm2_shared.tokenizer), tmp_path / "model.gguf"
+    prompts = [encoder.encode_prompt(prompt) for prompt in PROMPTS]
+    expected = [(ids, transformers_greedy(smollm2_shared.model, ids, 40)) for ids in prompts]
+    text = FABLES.read_text(encoding="utf-8").splitlines()
+    texts = [smollm2_shared.tokenizer(json.loads(line)["fable"])["input_ids"][:80] for line in text[:12]]
+    with torch.no_grad():
+        logits = [smollm2_shared.model(torch.tensor([ids])).logits[0, :-1] for ids in texts]
+    exact = [float(cross_entropy(each, torch.tensor(ids[1:]))) for each, ids in zip(logits, texts, strict=True)]
+    found = {}
+    for quantization in QUANTIZATIONS:
+        write_gguf(smollm2_shared, file, quantization, encoder.stop_ids)
+        llama_cpp = LlamaCpp(file, context=512)
+        losses = [llama_cpp.loss(ids) for ids in texts]
+        ratio = math.exp(sum(losses) / len(losses) - sum(exact) / len(exact))
+        found[quantization] = (equal_texts(llama_cpp, encoder, expected), round(ratio, 4), file.stat().st_size)
+    print(found)
+    for quantization, (equal, ratio) in AT_LEAST.items():
+        assert found[quantization][0] >= equal, found
+        assert 1 / ratio < found[quantization][1] < ratio, found
+
+
+AT_LEAST = {
+    "f32": (50, 1.0001),
+    "f16": (47, 1.001),
+    "bf16": (40, 1.01),
+    "q8_0": (30, 1.01),
+    "q6_k": (20, 1.02),
+    "q5_k_m": (10, 1.04),
+    "q4_k_m": (5, 1.1),
+}
+"""Of 50 texts how many are the same, and by what perplexity differs at most."""
 
 
 def read_tensors(file: Path) -> dict[str, tuple[str, torch.Tensor]]:
