@@ -59,18 +59,18 @@ def hash_of(parts: Any) -> str:
 
 def write_text(path: Path, text: str) -> None:
     """Replaces `path` by a file with `text` (UTF-8). Raises `RunError` where the disk does not take it."""
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="\n")
 
 
 def copy_file(source: Path, path: Path) -> None:
     """Replaces `path` by a copy of `source`. Raises `RunError` where the disk does not take it."""
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         shutil.copyfile(source, temporary)
 
 
 @contextlib.contextmanager
-def _replacing(path: Path) -> Generator[Path]:
+def replacing(path: Path) -> Generator[Path]:
     """A temporary file to write, which then takes the place of `path`."""
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
@@ -79,8 +79,9 @@ def _replacing(path: Path) -> Generator[Path]:
         temporary.replace(path)
         _sync_folder(path.parent)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise RunError(_explain(path, error)) from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

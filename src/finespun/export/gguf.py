@@ -22,7 +22,7 @@ from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, GGMLQuantizationType, GGUFWriter,
 from finespun.errors import ModelError
 from finespun.export.gguf_quantization import FILE_TYPES, Quantization, encode, encoded_size, require, tensor_type
 from finespun.export.gguf_vocab import strips_spaces, write_vocabulary
-from finespun.files import _replacing
+from finespun.files import replacing
 from finespun.models.load import LoadedModel
 
 Transform = Callable[[str, torch.Tensor, Any], torch.Tensor]
@@ -95,21 +95,17 @@ def write_gguf(loaded: LoadedModel, file: Path, quantization: Quantization, stop
     require(quantization)
     model, config = loaded.causal_lm, loaded.causal_lm.config
     tensors = list(_tensors(model, architecture, quantization))
-    with _replacing(file) as temporary:
-        try:
-            with contextlib.closing(GGUFWriter(temporary, MODEL_ARCH_NAMES[architecture.gguf])) as writer:
-                writer.add_type("model")
-                writer.add_name(_name(loaded))
-                writer.add_file_type(FILE_TYPES[quantization])
-                writer.add_quantization_version(2)
-                _write_hyperparameters(writer, architecture, config)
-                _write_rope(writer, architecture, model)
-                embeddings: Any = model.get_input_embeddings()
-                write_vocabulary(writer, loaded.tokenizer, embeddings.weight.shape[0], stop_ids)
-                _write_tensors(writer, tensors)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+    with replacing(file) as temporary:
+        with contextlib.closing(GGUFWriter(temporary, MODEL_ARCH_NAMES[architecture.gguf])) as writer:
+            writer.add_type("model")
+            writer.add_name(_name(loaded))
+            writer.add_file_type(FILE_TYPES[quantization])
+            writer.add_quantization_version(2)
+            _write_hyperparameters(writer, architecture, config)
+            _write_rope(writer, architecture, model)
+            embeddings: Any = model.get_input_embeddings()
+            write_vocabulary(writer, loaded.tokenizer, embeddings.weight.shape[0], stop_ids)
+            _write_tensors(writer, tensors)
 
 
 def _check(loaded: LoadedModel) -> _Architecture:

@@ -9,15 +9,15 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType, quants
 from numpy.typing import NDArray
 
 from finespun.errors import ModelError
+from finespun.export.settings import Quantization
 
-Quantization = Literal["f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m"]
 QUANTIZATIONS: tuple[Quantization, ...] = get_args(Quantization)
 
 _T = GGMLQuantizationType

@@ -15,6 +15,7 @@ from typing import Any
 from gguf import GGUFWriter, TokenType
 from transformers import PreTrainedTokenizerBase
 
+from finespun.data.templates import Encoder
 from finespun.errors import ModelError
 
 _CONTRACTION = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -157,8 +158,8 @@ def _write_sentencepiece(
     for token in description["added_tokens"]:
         if prepends and token["normalized"]:
             raise ModelError(
-                f"The added token {token['content']!r} is normalized like words, which llama.cpp cannot do. Add it with "
-                "normalized=False."
+                f"The added token {token['content']!r} is normalized like words, which llama.cpp cannot do. Add it "
+                "with normalized=False."
             )
     merges = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in description["model"]["merges"]]
     ranks: dict[str, int] = {}
@@ -240,7 +241,10 @@ def _write_special(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, stop_
     if tokenizer.unk_token_id is not None:
         writer.add_unk_token_id(tokenizer.unk_token_id)
     ids = list(tokenizer("x")["input_ids"])
-    writer.add_add_bos_token(bos is not None and ids[0] == bos)
+    begins = bos is not None and ids[0] == bos
+    if begins and tokenizer.chat_template:  # a tokenizer may put one before texts, its template none before a chat
+        begins = Encoder(tokenizer).encode_prompt("x")[0] == bos
+    writer.add_add_bos_token(begins)
     writer.add_add_eos_token(len(ids) > 1 and ids[-1] == eos)
     if tokenizer.chat_template:
         writer.add_chat_template(tokenizer.get_chat_template())
