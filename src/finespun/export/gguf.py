@@ -95,17 +95,19 @@ def write_gguf(loaded: LoadedModel, file: Path, quantization: Quantization, stop
     require(quantization)
     model, config = loaded.causal_lm, loaded.causal_lm.config
     tensors = list(_tensors(model, architecture, quantization))
-    with replacing(file) as temporary:
-        with contextlib.closing(GGUFWriter(temporary, MODEL_ARCH_NAMES[architecture.gguf])) as writer:
-            writer.add_type("model")
-            writer.add_name(_name(loaded))
-            writer.add_file_type(FILE_TYPES[quantization])
-            writer.add_quantization_version(2)
-            _write_hyperparameters(writer, architecture, config)
-            _write_rope(writer, architecture, model)
-            embeddings: Any = model.get_input_embeddings()
-            write_vocabulary(writer, loaded.tokenizer, embeddings.weight.shape[0], stop_ids)
-            _write_tensors(writer, tensors)
+    with (
+        replacing(file) as temporary,
+        contextlib.closing(GGUFWriter(temporary, MODEL_ARCH_NAMES[architecture.gguf])) as writer,
+    ):
+        writer.add_type("model")
+        writer.add_name(_name(loaded))
+        writer.add_file_type(FILE_TYPES[quantization])
+        writer.add_quantization_version(2)
+        _write_hyperparameters(writer, architecture, config)
+        _write_rope(writer, architecture, model)
+        embeddings: Any = model.get_input_embeddings()
+        write_vocabulary(writer, loaded.tokenizer, embeddings.weight.shape[0], stop_ids)
+        _write_tensors(writer, tensors)
 
 
 def _check(loaded: LoadedModel) -> _Architecture:
