@@ -1,0 +1,42 @@
+"""The OpenAPI description, by which schemathesis makes up requests of all kinds."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from servers import fake, running
+
+schemathesis = pytest.importorskip("schemathesis")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", list(schemathesis.GenerationMode))
+def test_no_request_that_the_description_allows_or_forbids_is_a_server_error(small_tokenizer: Any, mode: Any) -> None:
+    """And what comes back is as described: its status, its kind, its fields."""
+    from schemathesis.checks import not_a_server_error
+    from schemathesis.specs.openapi.checks import (
+        content_type_conformance,
+        response_schema_conformance,
+        status_code_conformance,
+    )
+
+    load, _ = fake(small_tokenizer, lambda prompt: ["the ", "old ", "mill"])
+    checks = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
+    seen: Counter[tuple[str, int]] = Counter()
+    with running(load) as server:
+        schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
+        for operation in (found.ok() for found in schema.get_all_operations()):
+
+            @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), phases=[Phase.generate])
+            @given(case=operation.as_strategy(generation_mode=mode))
+            def attempt(case: Any) -> None:
+                answer = case.call()
+                seen[case.operation.path, answer.status_code] += 1
+                case.validate_response(answer, checks=checks)
+
+            attempt()
+        assert server.post(json={"model": "m", "prompt": "a"}).status_code == 200
+    assert {path for path, _ in seen} >= {"/v1/completions", "/v1/chat/completions", "/v1/models/{name}", "/metrics"}
