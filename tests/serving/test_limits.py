@@ -51,8 +51,8 @@ def refused(answer: httpx.Response, status: int) -> dict[str, Any]:
         ({"n": 0}, "n"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"top_p": 0}, "top_p"),
-        ({"logit_bias": {"x": 1}}, "logit_bias.x.[key]"),
-        ({"logit_bias": {"1": 101}}, "logit_bias.1"),
+        ({"logit_bias": {"x": 1}}, "logit_bias"),
+        ({"logit_bias": {"1": 101}}, "logit_bias"),
         ({"prompt": {"a": 1}}, "prompt"),
         ({"prompt": []}, "prompt"),
         ({"echo": True}, "echo"),
@@ -65,7 +65,7 @@ def refused(answer: httpx.Response, status: int) -> dict[str, Any]:
 )
 def test_a_field_out_of_its_range_is_named(server: Running, change: dict[str, Any], param: str) -> None:
     error = refused(server.post(json=ASK | change), 422)
-    assert error["param"].startswith(param)
+    assert error["param"] == param
     assert error["type"] == "invalid_request_error"
     with pytest.raises(openai.UnprocessableEntityError):
         server.client().post("/completions", body=ASK | change, cast_to=object)

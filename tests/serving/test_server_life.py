@@ -143,7 +143,7 @@ def test_stopping_lets_texts_end(small_tokenizer: Any) -> None:
             pieces.append(chunk.choices[0].text)
             if len(pieces) == 3:
                 server.stop()
-                with pytest.raises(httpx.ConnectError):
+                with pytest.raises(httpx.TransportError):
                     wait_until(lambda: bool(httpx.get(server.url + "/ready")) and False, 5)
         assert "".join(pieces) == "word " * 100
         server.thread.join(5)
@@ -227,11 +227,12 @@ def test_the_log_has_one_object_a_request_and_no_words(
 
 
 def test_what_an_exception_says_is_logged_only_with_texts() -> None:
+    words = "the old mill"
     try:
-        raise ValueError("the old mill")
+        raise ValueError(words)
     except ValueError:
         record = logging.LogRecord("x", logging.ERROR, "", 0, "failed", (), sys.exc_info())
-    assert "mill" not in JsonLines(with_texts=False).format(record).replace('raise ValueError("the old mill")', "")
+    assert "mill" not in JsonLines(with_texts=False).format(record)
     line = json.loads(JsonLines(with_texts=True).format(record))
     assert (line["message"], line["exception"], line["event"]) == ("the old mill", "ValueError", "failed")
     assert "test_server_life" in line["traceback"]
@@ -275,10 +276,10 @@ def test_the_command_serves_until_it_is_told_to_stop(tiny_folder: Path, sent: in
     ("arguments", "message"),
     [
         (["--host", "0.0.0.0"], "give an API key"),
-        (["--port", "70000"], "port"),
+        (["--port", "70000"], "less than or equal to 65535"),
         (["--host", "no.such.host.invalid"], "key"),
         (["--host", "192.0.2.1", "--api-key", "k"], "Cannot listen at 192.0.2.1"),
-        (["--slots", "0"], "slots"),
+        (["--slots", "0"], "greater than or equal to 1"),
         (["--nonsense", "1"], "unknown option --nonsense"),
     ],
     ids=str,
@@ -296,7 +297,7 @@ def test_what_cannot_be_is_one_message_and_exit_code_2(
     assert "Traceback" not in said
 
 
-def test_a_port_in_use_and_a_model_that_is_not_there(tiny_folder: Path, in_tmp: Path) -> None:
+def test_a_port_in_use_and_a_model_that_is_not_there(tiny_folder: Path, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         process = finespun_serve(str(tiny_folder), "--port", str(port))
@@ -304,8 +305,8 @@ def test_a_port_in_use_and_a_model_that_is_not_there(tiny_folder: Path, in_tmp: 
     assert process.returncode == 2
     assert f"Cannot listen at 127.0.0.1 port {port}: Address already in use. Choose another --port" in err
     assert "Traceback" not in err
-    process = finespun_serve(str(in_tmp / "nothing.gguf"), "--port", "0")
+    process = finespun_serve(str(tmp_path / "nothing.gguf"), "--port", "0")
     _, err = process.communicate(timeout=60)
     assert process.returncode == 2
-    assert err.splitlines()[-1] == f"finespun: {in_tmp / 'nothing.gguf'}: there is no such file."
+    assert err.splitlines()[-1] == f"finespun: {tmp_path / 'nothing.gguf'}: there is no such file."
     assert "Traceback" not in err

@@ -43,7 +43,11 @@ class _JsonRequest(Request):
 class _JsonRoute(APIRoute):
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
-        return lambda request: handle(_JsonRequest(request.scope, request.receive))
+
+        async def handle_json(request: Request) -> Response:
+            return await handle(_JsonRequest(request.scope, request.receive))
+
+        return handle_json
 
 
 router = APIRouter(route_class=_JsonRoute)
@@ -100,8 +104,10 @@ def _refuse_invalid(request: Request, error: Any) -> JSONResponse:
         return ApiError(400, f"The body is not JSON: {first['ctx']['error']}", "invalid_json").response()
     place = ".".join(str(part) for part in first["loc"][1:])
     more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
-    message = f"{place}: {first['msg']}{more}" if place else f"{first['msg']}{more}: the body should be a JSON object"
-    return ApiError(422, message, first["type"], param=place or None).response()
+    if not place:
+        message = "The body should be a JSON object, sent as application/json."
+        return ApiError(422, message, first["type"]).response()
+    return ApiError(422, f"{place}: {first['msg']}{more}", first["type"], param=str(first["loc"][1])).response()
 
 
 def _service(request: Request) -> Service:

@@ -99,7 +99,7 @@ class Door:
     async def _read(self, scope: Scope, receive: Receive) -> bytes:
         too_large = ApiError(413, f"The body is larger than {self._body_limit:,} bytes.", "body_too_large")
         declared = dict(scope["headers"]).get(b"content-length", b"0")
-        if int(declared) > self._body_limit:
+        if len(declared) > 15 or int(declared) > self._body_limit:
             raise too_large
         body = bytearray()
         try:

@@ -116,6 +116,7 @@ class GenerationRequest(_Asked):
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     """Longest text in tokens; without it, the longest that the server writes."""
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    """0 is greedy, and so is anything below 0.01, with which float32 could not divide."""
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     stop: StopText | Annotated[list[StopText], Field(max_length=16)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
@@ -125,12 +126,12 @@ class GenerationRequest(_Asked):
     logit_bias: dict[Annotated[str, Field(pattern=r"^\d{1,9}$")], Annotated[float, Field(ge=-100, le=100)]] | None = (
         None
     )
-    top_k: Annotated[int, Field(ge=1)] | None = None
+    top_k: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     typical_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0)] | None = None
-    no_repeat_ngram_size: Annotated[int, Field(ge=0)] | None = None
-    min_tokens: Annotated[int, Field(ge=0)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
+    no_repeat_ngram_size: Annotated[int, Field(ge=0, le=1000)] | None = None
+    min_tokens: Annotated[int, Field(ge=0, le=1_000_000)] | None = None
     regex: str | None = None
     choices: list[str] | None = None
     grammar: str | None = None

@@ -104,6 +104,7 @@ def _sampling(
         "stop": [*stops, *stop],
         "seed": secrets.randbits(32) if body.seed is None else body.seed % 2**32,
         "logit_bias": bias or None,
+        "temperature": 0.0 if (body.temperature or 0) < 0.01 else body.temperature,
         **{name: getattr(body, name) for name in _SAME_NAMES},
         **more,
     }
@@ -115,7 +116,6 @@ def _sampling(
 
 
 _SAME_NAMES = (
-    "temperature",
     "top_k",
     "top_p",
     "min_p",

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import ipaddress
 import math
+import os
 import signal
 import socket
 import threading
@@ -76,7 +77,8 @@ def listen(settings: ServerSettings) -> socket.socket:
         )[0]
         return socket.create_server(address[:2], family=family, backlog=2048)
     except (OSError, UnicodeError) as error:
-        reason = getattr(error, "strerror", None) or error
+        number = getattr(error, "errno", None) or 0  # negative where a name is not known
+        reason = os.strerror(number) if number > 0 else getattr(error, "strerror", None) or error
         raise ServingError(
             f"Cannot listen at {settings.host} port {settings.port}: {reason}. Choose another --port or --host."
         ) from None
@@ -100,15 +102,18 @@ class Server(uvicorn.Server):
             )
         )
         self._service = service
+        self._signals = 0
         service.on_failure = lambda: self.handle_exit(signal.SIGTERM, None)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """The first signal ends the server when all texts have ended; a second one ends the texts, too."""
-        again = self.should_exit
-        super().handle_exit(sig, frame)
-        self._service.draining = True
+        """The first signal ends the server when all texts have ended; a second one ends the texts, a third waits for
+        nothing."""
+        self.force_exit = self._signals > 1
+        self._signals += 1
+        self.should_exit = self._service.draining = True
+        seconds = self._service.settings.grace_seconds if self._signals == 1 else 0.0
         with contextlib.suppress(RuntimeError):  # the loop has ended
-            self._loop.call_soon_threadsafe(self._end_answers, 0.0 if again else self._service.settings.grace_seconds)
+            self._loop.call_soon_threadsafe(self._end_answers, seconds)
 
     def _end_answers(self, seconds: float) -> None:
         self._loop.call_later(seconds, self._service.end_answers)

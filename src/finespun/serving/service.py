@@ -119,7 +119,7 @@ class Service:
         self.models: dict[str, ServedModel] = {}
         self.answers: set[Answer] = set()
         self.draining = False
-        self.failure: FinespunError | None = None
+        self.failure: Exception | None = None
         self.on_ready: Callable[[], None] = lambda: None
         self.on_failure: Callable[[], None] = lambda: None
         self.metrics = Metrics(self.models)
@@ -139,7 +139,7 @@ class Service:
             for name, source in self.sources.items():
                 self.models[name] = await asyncio.to_thread(self._load, name, source, self.settings)
                 log.info("model loaded", extra={"fields": {"model": name}})
-        except FinespunError as error:
+        except Exception as error:
             self.failure = error
             self.on_failure()
         else:

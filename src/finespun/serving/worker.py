@@ -53,14 +53,13 @@ class Backend(Protocol):
         """Ends it, with whatever it is writing."""
 
 
-@dataclass
+@dataclass(eq=False)
 class _Job:
     prompt: Sequence[int]
     sampling: Sampling
     sample: int
     post: Callable[[Event], None]
     request: Request | None = None
-    cancelled: bool = False
 
 
 @dataclass
