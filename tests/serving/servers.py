@@ -78,6 +78,7 @@ class FakeRequest:
     longest: int
     prompt_tokens: int
     completion: Completion | None = None
+    error: Exception | None = None
     written: list[str] = field(default_factory=list)
 
 

@@ -159,12 +159,13 @@ def test_logprobs_are_those_of_the_distribution(client: openai.OpenAI) -> None:
 
 
 def test_a_bias_rules_tokens_in_and_out(client: openai.OpenAI, small_tokenizer: Any) -> None:
-    (token,) = small_tokenizer("q")["input_ids"]
-    forced = complete(client, "the", logit_bias={str(token): 100}, max_tokens=5)
-    assert forced.choices[0].text == "qqqqq"
-    first = complete(client, "the", logprobs=1, max_tokens=1).choices[0].text
-    (banned,) = small_tokenizer(first)["input_ids"]
-    assert complete(client, "the", logit_bias={str(banned): -100}, max_tokens=1).choices[0].text != first
+    q, z = (str(small_tokenizer(letter)["input_ids"][0]) for letter in "qz")
+
+    def written(**bias: float) -> str:
+        return complete(client, "the", logit_bias={q: bias["q"], z: bias["z"]}, max_tokens=5).choices[0].text
+
+    assert written(q=100, z=50) == "qqqqq"
+    assert written(q=-100, z=50) == "zzzzz"
 
 
 def test_stop_strings_end_a_text_and_are_not_in_it(client: openai.OpenAI) -> None:
@@ -252,7 +253,7 @@ def test_an_answer_goes_back_into_the_conversation(client: openai.OpenAI) -> Non
 def test_each_model_answers_to_its_name(tiny_folder: Path, smollm2_folder: Path) -> None:
     with running(sources={"tiny": str(tiny_folder), "org/smol": str(smollm2_folder)}) as server:
         client = server.client()
-        question = user("Name the capital of France in one word.")
+        question = user("What is the capital of France?")
         small = client.chat.completions.create(model="org/smol", messages=question, max_tokens=8).choices[0].message
         assert "Paris" in small.content
         assert finespun.load(smollm2_folder).generate([question], max_new_tokens=8) == [small.content]

@@ -130,7 +130,7 @@ class GenerationRequest(_Asked):
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     typical_p: Annotated[float, Field(gt=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
-    no_repeat_ngram_size: Annotated[int, Field(ge=0, le=1000)] | None = None
+    no_repeat_ngram_size: Annotated[int, Field(ge=1, le=1000)] | None = None
     min_tokens: Annotated[int, Field(ge=0, le=1_000_000)] | None = None
     regex: str | None = None
     choices: list[str] | None = None

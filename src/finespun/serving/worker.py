@@ -136,9 +136,9 @@ class EngineThread:
     def _deliver(self) -> None:
         """Posts the ends of the texts that have ended."""
         for job in list(self._jobs):
-            if job.request is not None and (completion := job.request.completion) is not None:
+            if job.request is not None and (end := job.request.completion or job.request.error) is not None:
                 self._jobs.remove(job)
-                job.post(completion)
+                job.post(end)
 
     def _fail(self) -> None:
         for job in self._jobs:
