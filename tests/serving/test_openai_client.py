@@ -197,18 +197,15 @@ def test_a_schema_is_kept(client: openai.OpenAI) -> None:
     assert complete(client, "a", extra_body={"regex": "[0-9]{3}"}).choices[0].text.isdecimal()
 
 
-@pytest.mark.parametrize(
-    ("extra", "param"), [({"regex": "[0-9"}, "regex"), ({"grammar": "start: nowhere"}, "grammar")], ids=str
-)
-def test_a_constraint_that_cannot_be_is_refused(client: openai.OpenAI, extra: dict[str, Any], param: str) -> None:
-    with pytest.raises(openai.BadRequestError) as refused:
-        complete(client, "a", extra_body=extra)
-    assert param in str(refused.value).lower()
-    with pytest.raises(openai.BadRequestError):
-        complete(client, "a", extra_body=extra, stream=True)
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_constraint_that_cannot_be_is_refused(client: openai.OpenAI, stream: bool) -> None:
+    with pytest.raises(openai.BadRequestError, match=r"(?s)regex.*unclosed"):
+        complete(client, "a", extra_body={"regex": "[0-9"}, stream=stream)
+    with pytest.raises(openai.BadRequestError, match="regex and choices exclude each other"):
+        complete(client, "a", extra_body={"regex": "a", "choices": ["a"]}, stream=stream)
     wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "nothing"}}}
-    with pytest.raises(openai.BadRequestError):
-        chat(client, "a", response_format=wanted)
+    with pytest.raises(openai.BadRequestError, match="Invalid type"):
+        chat(client, "a", response_format=wanted, stream=stream)
 
 
 def test_models_are_listed(client: openai.OpenAI) -> None:

@@ -21,7 +21,7 @@ class Metrics:
         self.registry = CollectorRegistry()
         self._models = models
         self.registry.register(self)  # ty: ignore[invalid-argument-type]
-        name = {"registry": self.registry, "namespace": "finespun"}
+        name: Any = {"registry": self.registry, "namespace": "finespun"}
         self.requests = Counter("requests", "Requests by route and status.", ["route", "status"], **name)
         self.seconds = Histogram(
             "request_seconds", "Time to the end of the answer.", ["route"], buckets=SECONDS, **name

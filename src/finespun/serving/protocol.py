@@ -134,7 +134,6 @@ class GenerationRequest(_Asked):
     min_tokens: Annotated[int, Field(ge=0, le=1_000_000)] | None = None
     regex: str | None = None
     choices: list[str] | None = None
-    grammar: str | None = None
     # taken and not used
     user: str | None = None
     metadata: dict[str, str] | None = None

@@ -111,8 +111,8 @@ def _sampling(
     try:
         return Sampling.model_validate({name: value for name, value in given.items() if value is not None})
     except ValidationError as error:
-        faults = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
-        raise ApiError(400, faults) from error
+        faults = [(".".join(map(str, fault["loc"])), fault["msg"]) for fault in error.errors()]
+        raise ApiError(400, "; ".join(f"{place}: {message}".removeprefix(": ") for place, message in faults)) from error
 
 
 _SAME_NAMES = (
@@ -126,8 +126,7 @@ _SAME_NAMES = (
     "no_repeat_ngram_size",
     "regex",
     "choices",
-    "grammar",
-)
+)  # no `grammar`: there are some that llguidance never gets to the end of, and all texts would wait
 
 
 def _schema(
