@@ -20,7 +20,7 @@ class Metrics:
     def __init__(self, models: Mapping[str, ServedModel]) -> None:
         self.registry = CollectorRegistry()
         self._models = models
-        self.registry.register(self)  # ty: ignore[invalid-argument-type]
+        self.registry.register(self)
         name: Any = {"registry": self.registry, "namespace": "finespun"}
         self.requests = Counter("requests", "Requests by route and status.", ["route", "status"], **name)
         self.seconds = Histogram(

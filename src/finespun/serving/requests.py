@@ -79,7 +79,7 @@ def count_texts(body: ChatRequest | CompletionRequest) -> int:
     several = (
         isinstance(body, CompletionRequest) and isinstance(body.prompt, list) and not isinstance(body.prompt[0], int)
     )
-    return (body.n or 1) * (len(body.prompt) if several else 1)  # ty: ignore
+    return (body.n or 1) * (len(body.prompt) if several else 1)
 
 
 def _sampling(
