@@ -1,0 +1,32 @@
+"""`finespun serve`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from finespun.serving.settings import ServerSettings
+
+
+def serve(
+    models: list[str],
+    /,
+    *,
+    api_key: Annotated[str | None, Parameter(env_var="FINESPUN_API_KEY")] = None,
+    settings: Annotated[ServerSettings | None, Parameter(name="*")] = None,
+) -> None:
+    """Serve models to programs that speak OpenAI's API, until Ctrl-C or SIGTERM.
+
+    For example: finespun serve runs/stories runs/poems --port 8000
+
+    Parameters
+    ----------
+    models
+        Run folders, model or adapter folders, .gguf files, known names or hub ids; NAME=MODEL serves one as NAME.
+    api_key
+        What clients have to send; better given in the environment, where other users do not see it.
+    """
+    from finespun.serving.server import serve as run
+
+    run(models, settings or ServerSettings(), api_key)

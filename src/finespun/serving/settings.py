@@ -1,0 +1,36 @@
+"""What a person can say about a server. Light to import: the command line shows it in its help."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from finespun.recipe import Section
+
+
+class ServerSettings(Section):
+    """Where a server listens and what it takes on."""
+
+    host: str = "127.0.0.1"
+    """Address to listen at. Any other than this machine's own needs an API key."""
+    port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    """Port to listen at; 0 takes a free one."""
+    cors_origin: list[str] = Field(default_factory=list)
+    """Origins whose web pages may call the server (https://example.org); none by default."""
+    slots: Annotated[int, Field(ge=1)] = 64
+    """Texts that are written at once, for each model."""
+    max_queue: Annotated[int, Field(ge=0)] = 256
+    """Texts that may wait for a slot, for each model; what comes beyond them is told to come again (429)."""
+    max_body_mb: Annotated[float, Field(gt=0)] = 4.0
+    """Largest body of a request in megabytes (413)."""
+    max_prompt_tokens: Annotated[int, Field(ge=1)] | None = None
+    """Longest prompt in tokens (400); by default what the model's context holds."""
+    max_new_tokens: Annotated[int, Field(ge=1)] = 2048
+    """Longest text that a request may ask for (400), and the length where it asks for none."""
+    timeout_seconds: Annotated[float, Field(gt=0)] = 600.0
+    """Longest time for one request; one that is not answered by then gets 503, a stream ends with an error."""
+    grace_seconds: Annotated[float, Field(ge=0)] = 30.0
+    """On SIGTERM or Ctrl-C, how long texts that are being written may take to end."""
+    log_prompts: bool = False
+    """Write prompts and texts to the log as well."""
