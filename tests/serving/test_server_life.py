@@ -297,6 +297,17 @@ def test_what_cannot_be_is_one_message_and_exit_code_2(
     assert "Traceback" not in said
 
 
+def test_a_package_that_is_missing_is_named(
+    tiny_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from finespun.cli import main
+
+    monkeypatch.setattr("finespun.cli.serve.find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        main(["serve", str(tiny_folder)])
+    assert "pip install 'finespun[serve]'" in capsys.readouterr().err
+
+
 def test_a_port_in_use_and_a_model_that_is_not_there(tiny_folder: Path, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

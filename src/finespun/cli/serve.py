@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Annotated
 
 from cyclopts import Parameter
 
+from finespun.errors import FinespunError
 from finespun.serving.settings import ServerSettings
 
 
@@ -27,6 +29,8 @@ def serve(
     api_key
         What clients have to send; better given in the environment, where other users do not see it.
     """
+    if missing := [name for name in ("fastapi", "uvicorn", "prometheus_client") if find_spec(name) is None]:
+        raise FinespunError(f"Serving needs the package {missing[0]}: pip install 'finespun[serve]'")
     from finespun.serving.server import serve as run
 
     run(models, settings or ServerSettings(), api_key)

@@ -63,7 +63,7 @@ class ServedModel:
 
 def load_served(name: str, source: str, settings: ServerSettings) -> ServedModel:
     """The model at `source` with our own engine. Raises the errors of `load_model`."""
-    loaded = load_model(source)
+    loaded = load_model(source, settings.precision)
     chat = Encoder(loaded.tokenizer)
     raw = chat if chat.prompt_format == "raw" else Encoder(loaded.tokenizer, "raw")
     backend = EngineThread(lambda: Engine(loaded, chat, settings.slots), name)

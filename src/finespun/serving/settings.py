@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -18,6 +18,9 @@ class ServerSettings(Section):
     """Port to listen at; 0 takes a free one."""
     cors_origin: list[str] = Field(default_factory=list)
     """Origins whose web pages may call the server (https://example.org); none by default."""
+    precision: Literal["float32", "bfloat16"] | None = None
+    """What models compute in; by default what `finespun generate` computes them in here. In bfloat16 two tokens may be
+    as good as each other, and which one is taken can depend on what else is being written."""
     slots: Annotated[int, Field(ge=1)] = 64
     """Texts that are written at once, for each model."""
     max_queue: Annotated[int, Field(ge=0)] = 256

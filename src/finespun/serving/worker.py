@@ -14,6 +14,9 @@ from finespun.generation.settings import Sampling
 
 log = logging.getLogger("finespun.serving")
 
+CLOSE_SECONDS = 30.0
+"""What a step that is being taken may still take when the server ends; the process ends without it then."""
+
 
 @dataclass(frozen=True)
 class Accepted:
@@ -91,7 +94,7 @@ class EngineThread:
 
     def close(self) -> None:
         self._inbox.put(self._close)
-        self._thread.join()
+        self._thread.join(CLOSE_SECONDS)
 
     def _run(self) -> None:
         working = False
