@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import Cache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -26,6 +25,7 @@ from finespun.models.attention import (
     plan_packing,
     scaled_scores,
 )
+from finespun.models.linear_cross_entropy import accumulation_type
 
 NAME = "finespun_slots"
 
@@ -35,7 +35,8 @@ TOGETHER = 16
 
 class SlotCache:
     """Room for `slots` sequences of at most `capacity` tokens. A layer's keys are `[slots, key heads, capacity, dim]`;
-    it gets them when it is first asked for."""
+    it gets them when it is first asked for. They are kept in the type that scores are computed in, since converting
+    them at each step takes as long as the scores."""
 
     def __init__(self, slots: int, capacity: int) -> None:
         self.slots, self.capacity = slots, capacity
@@ -47,7 +48,8 @@ class SlotCache:
         if number not in self._layers:
             # zeros, since what lies behind the end of a sequence is multiplied by 0, which does not help against a NaN
             self._layers[number] = tuple(  # ty: ignore[invalid-assignment]
-                x.new_zeros(self.slots, x.shape[1], self.capacity, x.shape[2]) for x in (key, value)
+                x.new_zeros(self.slots, x.shape[1], self.capacity, x.shape[2], dtype=dtype)
+                for x, dtype in ((key, accumulation_type(key.dtype)), (value, value.dtype))
             )
         return self._layers[number]
 
@@ -182,7 +184,7 @@ def slot_attention(
     number: Any = module.layer_idx
     rows = [x[0].transpose(0, 1) for x in (query, key, value)]
     keys, values = step.cache.layer(number, *rows[1:])
-    keys[step.slots, :, step.positions] = rows[1]
+    keys[step.slots, :, step.positions] = rows[1].to(keys.dtype)
     values[step.slots, :, step.positions] = rows[2]
     q, found, begin = rows[0], [], 0
     for group in step.groups:
@@ -218,22 +220,17 @@ def _next_tokens(
     window: int | None,
     softcap: float | None,
 ) -> torch.Tensor:
-    """`q` `[tokens, heads, dim]`, one token of each slot of `group` → `[tokens, heads, dim]`. Heads that share a key
-    head are rows of one product."""
+    """`q` `[tokens, heads, dim]`, one token of each slot of `group` → `[tokens, heads, dim]`. Computed in the same
+    products as the tokens of a prompt, so that it is the same, on CPUs to the bit, how a token was read and beside
+    which others."""
     slots, key_heads = group.last - group.first, keys.shape[1]
-    k, v = (x[group.first : group.last, :, : group.longest] for x in (keys, values))
+    k, v = (x[group.first : group.last, :, : group.longest].flatten(0, 1) for x in (keys, values))
     if group.tokens < slots:  # some have nothing to say: they are computed, and left
         q = q.new_zeros(slots, *q.shape[1:]).index_copy_(0, group.rows, q)
-    q = q.reshape(slots, key_heads, -1, q.shape[-1])
-    if softcap is None:
-        output = scaled_dot_product_attention(
-            q, k, v, attn_mask=group.mask(window, q.dtype).expand(-1, -1, q.shape[2], -1), scale=scale
-        )
-    else:
-        scores = scaled_scores(q.flatten(0, 1)[:, :, None], k.flatten(0, 1), scale, softcap).view(*q.shape[:3], -1)
-        weights = (scores + group.mask(window, scores.dtype)).softmax(-1).to(v.dtype)
-        output = grouped_product(weights.flatten(0, 1)[:, :, None], v.flatten(0, 1)).view(*q.shape[:3], -1)
-    output = output.reshape(slots, -1, output.shape[-1])
+    q = q.reshape(slots * key_heads, -1, 1, q.shape[-1])
+    scores = scaled_scores(q, k, scale, softcap).view(slots, key_heads, -1, group.longest)
+    weights = scores.add_(group.mask(window, scores.dtype)).softmax(-1).to(v.dtype)
+    output = grouped_product(weights.flatten(0, 1)[:, :, None], v).reshape(slots, -1, v.shape[-1])
     return output if group.tokens == slots else output.index_select(0, group.rows)
 
 

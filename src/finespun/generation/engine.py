@@ -26,8 +26,9 @@ from finespun.generation.runner import Reading, runner_for
 from finespun.generation.sampling import Chooser
 from finespun.generation.settings import Sampling
 from finespun.generation.text import TextStream
+from finespun.models.linear_cross_entropy import accumulation_type
 from finespun.models.load import LoadedModel
-from finespun.training.memory import memory_available
+from finespun.training.memory import keep_freed_memory, memory_available
 
 SLOTS = 64
 """Sequences that are continued at once, where memory allows."""
@@ -122,6 +123,7 @@ class Engine:
     """Continues requests of one model, at most `slots` at once. For one thread."""
 
     def __init__(self, loaded: LoadedModel, encoder: Encoder, slots: int = SLOTS) -> None:
+        keep_freed_memory()
         self._loaded, self._encoder = loaded, encoder
         self._runner = runner_for(loaded)
         self._slots: list[Request | None] = []
@@ -194,14 +196,13 @@ class Engine:
     def _admit(self) -> None:
         """Gives slots to those that wait, in their order."""
         admitted: list[Request] = []
-        while self._waiting:
-            request = self._waiting[0]
-            if any(_common(request.prompt, other.prompt) > 4 * SHARED for other in admitted):
-                return  # once that one is read, its beginning can be copied
+        for request in list(self._waiting):
+            if any(_common(request.prompt, other.prompt) >= SHARED for other in admitted):
+                continue  # once that one is read, its beginning can be copied
             slot = self._free_slot(request)
             if slot is None:
                 return
-            self._waiting.popleft()
+            self._waiting.remove(request)
             source, common = self._most_in_common(request.prompt)
             if common < SHARED:
                 self._runner.start(slot)
@@ -367,7 +368,8 @@ def _bytes_of_token(loaded: LoadedModel) -> int:
     config = model.config.get_text_config()
     dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    return 2 * config.num_hidden_layers * heads * dim * model.dtype.itemsize
+    of_number = accumulation_type(model.dtype).itemsize + model.dtype.itemsize
+    return config.num_hidden_layers * heads * dim * of_number
 
 
 def generate(

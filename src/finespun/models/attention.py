@@ -230,7 +230,7 @@ def scaled_scores(q: torch.Tensor, k: torch.Tensor, scale: float, softcap: float
     """In float32 also for shorter types: rounded to bfloat16, a score of 10 would be off by 0.03, and its probability
     by as much of itself."""
     wide = accumulation_type(q.dtype)
-    scores = grouped_product(q.to(wide), k.transpose(1, 2).to(wide), scale)
+    scores = grouped_product(q.to(wide), k.to(wide).transpose(1, 2), scale)
     return scores.div_(softcap).tanh_().mul_(softcap) if softcap else scores
 
 
