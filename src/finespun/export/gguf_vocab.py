@@ -47,7 +47,8 @@ _PRE_TOKENIZERS: dict[tuple[tuple[str, ...], bool], str] = {
     ((_TEKKEN,), True): "tekken",
     ((_GPT_4O,), False): "gpt-4o",
 }
-"""How a text is split, and whether a word that is a token needs no merges → what llama.cpp calls that."""
+"""How a text is split, and whether a word that is a token needs no merges → what llama.cpp calls that. For "tekken" and
+"gpt-4o" llama.cpp leaves out combining marks (those of Devanagari, for one), and splits words there."""
 
 _SPACE = "\u2581"
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
