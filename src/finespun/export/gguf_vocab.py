@@ -158,8 +158,8 @@ def _write_sentencepiece(
     for token in description["added_tokens"]:
         if prepends and token["normalized"]:
             raise ModelError(
-                f"The added token {token['content']!r} is normalized like words, which llama.cpp cannot do. Add it with "
-                "normalized=False."
+                f"The added token {token['content']!r} is normalized like words, which llama.cpp cannot do. Add it "
+                "with normalized=False."
             )
     merges = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in description["model"]["merges"]]
     ranks: dict[str, int] = {}
@@ -170,10 +170,8 @@ def _write_sentencepiece(
     lowest = float(len(merges) + 1)
     writer.add_tokenizer_model("llama")
     writer.add_tokenizer_pre("default")
-    writer.add_token_scores(
-        [-float(ranks.get(name, lowest)) if kind == TokenType.NORMAL else -lowest
-         for name, kind in zip(names, kinds, strict=True)]
-    )  # fmt: skip
+    scores = {name: -float(ranks.get(name, lowest)) for name in normal}
+    writer.add_token_scores([scores.get(name, -lowest) for name in names])
     writer.add_add_space_prefix(_adds_space(tokenizer, steps))
 
 
