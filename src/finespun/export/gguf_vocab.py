@@ -48,7 +48,8 @@ _PRE_TOKENIZERS: dict[tuple[tuple[str, ...], bool], str] = {
     ((_TEKKEN,), True): "tekken",
     ((_GPT_4O,), False): "gpt-4o",
 }
-"""How a text is split, and whether a word that is a token needs no merges → what llama.cpp calls that."""
+"""How a text is split, and whether a word that is a token needs no merges → what llama.cpp calls that. For "tekken" and
+"gpt-4o" llama.cpp leaves out combining marks (those of Devanagari, for one), and splits words there."""
 
 _SPACE = "\u2581"
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
@@ -170,10 +171,8 @@ def _write_sentencepiece(
     lowest = float(len(merges) + 1)
     writer.add_tokenizer_model("llama")
     writer.add_tokenizer_pre("default")
-    writer.add_token_scores(
-        [-float(ranks.get(name, lowest)) if kind == TokenType.NORMAL else -lowest
-         for name, kind in zip(names, kinds, strict=True)]
-    )  # fmt: skip
+    scores = {name: -float(ranks.get(name, lowest)) for name in normal}
+    writer.add_token_scores([scores.get(name, -lowest) for name in names])
     writer.add_add_space_prefix(_adds_space(tokenizer, steps))
 
 
