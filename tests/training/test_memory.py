@@ -11,7 +11,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
 
+from architectures import architectures
 from conftest import sentences
 from finespun.data.formats import TextExample
 from finespun.data.packing import micro_batches
@@ -141,6 +143,18 @@ def test_measuring_leaves_no_gradients_and_no_changes(tiny: LoadedModel) -> None
     assert all(parameter.grad is None for parameter in tiny.model.parameters())
     assert all(torch.equal(value, before[name]) for name, value in tiny.model.state_dict().items())
     assert all("forward" not in vars(layer) for layer in decoder_layers(tiny.model))
+
+
+@pytest.mark.parametrize("name", architectures(vocab_size=400, positions=256))
+def test_any_architecture_is_measured_in_bfloat16(name: str, tiny: LoadedModel) -> None:
+    """GPT-2 adds positions to embeddings, in whatever type they are."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(architectures(vocab_size=400, positions=256)[name]).eval()
+    objective = CausalLM(model)
+    if objective.why_slow is None:
+        found = memory._measure(objective, examples(tiny), TrainingRecipe(precision="bfloat16"))
+        assert found.each > 0
+        assert model.dtype == torch.float32
 
 
 def test_remedies_are_those_that_are_not_taken_yet() -> None:

@@ -16,8 +16,10 @@ from finespun.data.templates import Encoder
 from finespun.errors import FinespunError, RecipeError
 from finespun.generation.engine import Completion, Engine
 from finespun.generation.settings import Sampling
+from finespun.models.catalog import locate
 from finespun.models.load import load_model
 from finespun.serving.errors import ApiError, busy
+from finespun.serving.llama_cpp import LlamaCpp, gguf_of
 from finespun.serving.metrics import Metrics
 from finespun.serving.protocol import Usage
 from finespun.serving.settings import ServerSettings
@@ -62,11 +64,17 @@ class ServedModel:
 
 
 def load_served(name: str, source: str, settings: ServerSettings) -> ServedModel:
-    """The model at `source` with our own engine. Raises the errors of `load_model`."""
-    loaded = load_model(source, settings.precision)
+    """The model at `source` with the engine that `settings` name. Raises the errors of `load_model`, and `ModelError`
+    for what llama.cpp cannot run."""
+    by_llama_cpp = settings.engine == "llama.cpp"
+    loaded = load_model(source, "float32" if by_llama_cpp else settings.precision)
     chat = Encoder(loaded.tokenizer)
     raw = chat if chat.prompt_format == "raw" else Encoder(loaded.tokenizer, "raw")
-    backend = EngineThread(lambda: Engine(loaded, chat, settings.slots), name)
+    if by_llama_cpp:
+        file = gguf_of(loaded, locate(source).path, settings.quantization)
+        backend: Backend = LlamaCpp(file, loaded.context_length, settings.slots)
+    else:
+        backend = EngineThread(lambda: Engine(loaded, chat, settings.slots), name)
     opening: list[int] = []
     if OPEN in str(loaded.tokenizer.chat_template):
         opening = list(loaded.tokenizer(OPEN + "\n", add_special_tokens=False)["input_ids"])

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from finespun.export.settings import Quantization
 from finespun.recipe import Section
 
 
@@ -21,6 +22,11 @@ class ServerSettings(Section):
     precision: Literal["float32", "bfloat16"] | None = None
     """What models compute in; by default what `finespun generate` computes them in here. In bfloat16 two tokens may be
     as good as each other, and which one is taken can depend on what else is being written."""
+    engine: Literal["finespun", "llama.cpp"] = "finespun"
+    """What writes: finespun's own engine, or llama.cpp (pip install 'finespun[llama-cpp]'), which is faster for few
+    clients on a CPU and knows fewer settings."""
+    quantization: Quantization = "q8_0"
+    """How llama.cpp has the weights; f16 and f32 are nearer to what was trained, the others are faster."""
     slots: Annotated[int, Field(ge=1)] = 64
     """Texts that are written at once, for each model."""
     max_queue: Annotated[int, Field(ge=0)] = 256

@@ -26,7 +26,6 @@ from finespun.data.templates import TokenizedExample
 from finespun.files import data_cache, hash_of, remembered
 from finespun.models.gradient_checkpointing import decoder_layers, gradient_checkpointing
 from finespun.models.linear_cross_entropy import CHUNK_BYTES, rows_of_chunk
-from finespun.models.load import compute_in
 from finespun.recipe import Optimizer, TrainingRecipe
 from finespun.training.objectives.causal_lm import CausalLM
 
@@ -295,24 +294,24 @@ def _measured(objective: CausalLM, examples: Sequence[TokenizedExample], recipe:
 def _measure(objective: CausalLM, examples: Sequence[TokenizedExample], recipe: TrainingRecipe) -> Measured:
     """Bytes by the last layer and the last two, which stand for all: they are alike. Time by two micro-batches of
     different size."""
-    layers = decoder_layers(objective.decoder)
+    dtype = getattr(torch, recipe.precision or "float32")
+    copied = objective.computing_in(dtype)
+    layers = decoder_layers(copied.decoder)
     # layers before the first that is trained keep nothing
-    begins_with = objective.model.get_input_embeddings(), *layers
+    begins_with = copied.model.get_input_embeddings(), *layers
     kept = min(len(layers), sum(1 for _ in dropwhile(lambda module: not _has_gradient(module), begins_with)))
     small, large = SIZES[0] // 2, SIZES[0]
-    dtype = getattr(torch, recipe.precision or "float32")
-    tried = compute_in(deepcopy(layers[-2:]), dtype)
-    with _layers(objective.decoder, tried), gradient_checkpointing(tried, recipe.gradient_checkpointing):
-        _pass(objective, _batch_of(examples, small, objective), tried)
+    tried = deepcopy(layers[-2:])
+    with _layers(copied.decoder, tried), gradient_checkpointing(tried, recipe.gradient_checkpointing):
+        _pass(copied, _batch_of(examples, small, copied), tried)
         peaks = {
-            (number, batch.tokens): _peak(batch, partial(_pass, objective, batch, tried[-number:]))
-            for batch in (_batch_of(examples, size, objective) for size in (small, large))
+            (number, batch.tokens): _peak(batch, partial(_pass, copied, batch, tried[-number:]))
+            for batch in (_batch_of(examples, size, copied) for size in (small, large))
             for number in (1, 2)
         }
         one, two = ((peaks[number, large] - peaks[number, small]) / (large - small) for number in (1, 2))
-    timed = objective.computing_in(dtype)
-    with gradient_checkpointing(timed.decoder, recipe.gradient_checkpointing):
-        fastest = _fastest(timed, examples)
+    with gradient_checkpointing(copied.decoder, recipe.gradient_checkpointing):
+        fastest = _fastest(copied, examples)
     objective.outer.zero_grad(set_to_none=True)
     return Measured(fixed=max(0.0, peaks[1, small] - one * small), each=one + (two - one) * (kept - 1), fastest=fastest)
 
