@@ -22,7 +22,8 @@ from finespun.generation.engine import Engine, TokenLogprob, generate
 from finespun.generation.runner import Reading, SingleRunner, SlotRunner, runner_for
 from finespun.generation.sampling import Chooser
 from finespun.generation.settings import Sampling
-from finespun.models.load import LoadedModel
+from finespun.models.load import LoadedModel, compute_in
+from finespun.models.prepacked import _can_prepack
 from scipy_free import chi_square_p
 
 PROMPTS = ["the old ferryman", "a", "over the slow river and said nothing at all, 江雪", "heron mill boat " * 6, "mill"]
@@ -203,6 +204,21 @@ def test_greedy_tokens_equal_transformers_for(random_model: LoadedModel, count: 
         assert completion.text == encoder.decode(alone)
         assert completion.finish_reason == ("stop" if ended else "length")
     assert isinstance(runner_for(random_model), SingleRunner) == (random_model.base_name == "bloom")
+
+
+@pytest.mark.skipif(not _can_prepack(), reason="this CPU has no bfloat16 products")
+def test_texts_do_not_depend_on_their_company_in_bfloat16(tiny: LoadedModel, encoder: Encoder) -> None:
+    """To the bit: log-probabilities too, whatever was read together, in pieces, or copied from others."""
+    compute_in(tiny.model, torch.bfloat16)
+    prompts = random_prompts(40, longest=60)
+    prompts += [[*prompts[0][:20], *prompt[:9]] for prompt in prompts[:9]]
+    sampling = Sampling(max_new_tokens=25, temperature=1.0, logprobs=1)
+    alone = [generate(tiny, encoder, [prompt], sampling)[0] for prompt in prompts]
+    assert generate(tiny, encoder, prompts, sampling) == alone
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "SLOTS", 5)
+        patch.setattr(engine, "AT_ONCE", 30)
+        assert generate(tiny, encoder, prompts, sampling) == alone
 
 
 class Watched:

@@ -17,6 +17,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from finespun.models.attention import (
+    GROUP_WASTE,
     PackingPlan,
     causal_probabilities,
     grouped_product,
@@ -30,7 +31,7 @@ from finespun.models.linear_cross_entropy import accumulation_type
 NAME = "finespun_slots"
 
 TOGETHER = 16
-"""Neighbouring slots whose next tokens attend in one call, filled up to the longest of them."""
+"""So many neighbouring slots attend in one call, filled up to the longest of them; more, where that fills up little."""
 
 
 class SlotCache:
@@ -150,11 +151,17 @@ class _Group:
 
 
 def _neighbours(parts: Sequence[Part]) -> list[list[Part]]:
-    """`parts`, in the order of their slots, cut wherever the slots of one call end."""
-    groups: dict[int, list[Part]] = {}
+    """`parts`, in the order of their slots, cut into those that attend in one call."""
+    groups: list[list[Part]] = []
+    longest = real = 0
     for part in parts:
-        groups.setdefault(part.slot // TOGETHER, []).append(part)
-    return list(groups.values())
+        longest, real = max(longest, part.end), real + part.end
+        slots = part.slot - groups[-1][0].slot + 1 if groups else 0
+        if not groups or (slots > TOGETHER and slots * longest > GROUP_WASTE * real):
+            groups.append([])
+            longest = real = part.end
+        groups[-1].append(part)
+    return groups
 
 
 def slot_attention(
