@@ -253,7 +253,9 @@ def finespun_serve(*arguments: str, **options: Any) -> subprocess.Popen[str]:
 
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
 def test_the_command_serves_until_it_is_told_to_stop(tiny_folder: Path, sent: int) -> None:
-    process = finespun_serve(str(tiny_folder), "--port", "0", env={**os.environ, "FINESPUN_API_KEY": "k-1"})
+    environment = {**os.environ, "FINESPUN_API_KEY": "k-1"}
+    environment.pop("PYTHONUNBUFFERED", None)  # what is said is said at once all the same
+    process = finespun_serve(str(tiny_folder), "--port", "0", "--precision", "float32", env=environment)
     told = process.stdout.readline()
     assert told.startswith("Serving tiny at http://127.0.0.1:")
     client = openai.OpenAI(base_url=told.split()[-1], api_key="k-1", max_retries=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from importlib.util import find_spec
 from typing import Annotated
 
@@ -33,4 +34,4 @@ def serve(
         raise FinespunError(f"Serving needs the package {missing[0]}: pip install 'finespun[serve]'")
     from finespun.serving.server import serve as run
 
-    run(models, settings or ServerSettings(), api_key)
+    run(models, settings or ServerSettings(), api_key, functools.partial(print, flush=True))

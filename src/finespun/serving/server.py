@@ -30,7 +30,7 @@ def serve(
     sources: Sequence[str],
     settings: ServerSettings,
     api_key: str | None = None,
-    announce: Callable[[str], None] = print,
+    announce: Callable[[str], None],
 ) -> None:
     """Serves the models at `sources` until it is told to stop (SIGTERM, SIGINT): it takes no more requests then, lets
     the texts that are being written end, for `grace_seconds`, and ends the rest with an error.
