@@ -29,7 +29,7 @@ class ServingError(FinespunError):
 def serve(
     sources: Sequence[str],
     settings: ServerSettings,
-    api_key: str | None = None,
+    api_key: str | None,
     announce: Callable[[str], None],
 ) -> None:
     """Serves the models at `sources` until it is told to stop (SIGTERM, SIGINT): it takes no more requests then, lets
