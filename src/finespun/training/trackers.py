@@ -174,6 +174,8 @@ class _Wandb:
     def __init__(self, folder: Path, settings: Mapping[str, Any], known: Known, done: int) -> None:
         import wandb
 
+        # else it advertises its tracing of calls wherever a client of a language model has been imported
+        os.environ.setdefault("WANDB_DISABLE_WEAVE", "true")
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT),
             name=os.environ.get("WANDB_NAME", folder.name),
