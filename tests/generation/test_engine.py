@@ -208,7 +208,8 @@ def test_greedy_tokens_equal_transformers_for(random_model: LoadedModel, count: 
 
 @pytest.mark.skipif(not _can_prepack(), reason="this CPU has no bfloat16 products")
 def test_texts_do_not_depend_on_their_company_in_bfloat16(tiny: LoadedModel, encoder: Encoder) -> None:
-    """To the bit: log-probabilities too, whatever was read together, in pieces, or copied from others."""
+    """To the bit: log-probabilities too, whatever was read together, in pieces, or copied from others, for a model of
+    this size."""
     compute_in(tiny.model, torch.bfloat16)
     prompts = random_prompts(40, longest=60)
     prompts += [[*prompts[0][:20], *prompt[:9]] for prompt in prompts[:9]]

@@ -228,8 +228,8 @@ def _next_tokens(
     softcap: float | None,
 ) -> torch.Tensor:
     """`q` `[tokens, heads, dim]`, one token of each slot of `group` → `[tokens, heads, dim]`. Computed in the same
-    products as the tokens of a prompt, so that it is the same, on CPUs to the bit, how a token was read and beside
-    which others."""
+    products as the tokens of a prompt: torch's own attention rounds by the longest sequence of a call, so that a text
+    would depend on its company."""
     slots, key_heads = group.last - group.first, keys.shape[1]
     k, v = (x[group.first : group.last, :, : group.longest].flatten(0, 1) for x in (keys, values))
     if group.tokens < slots:  # some have nothing to say: they are computed, and left
