@@ -23,7 +23,7 @@ from finespun.generation.beams import beam_search
 from finespun.generation.cache import Part
 from finespun.generation.constraints import Constraint, constraint_for
 from finespun.generation.runner import Reading, runner_for
-from finespun.generation.sampling import Chooser
+from finespun.generation.sampling import Chooser, largest
 from finespun.generation.settings import Sampling
 from finespun.generation.text import TextStream
 from finespun.models.linear_cross_entropy import accumulation_type
@@ -290,13 +290,13 @@ class Engine:
 
     def _continue(self, done: Sequence[tuple[Request, Reading, torch.Tensor]]) -> None:
         """Chooses the next token of each, and ends those that end."""
-        largest = [
+        plainly = [
             request.choose.takes_the_largest and request.constraint is None and request.sampling.logprobs is None
             for request, _, _ in done
         ]
-        alike = [rows for (_, _, rows), plain in zip(done, largest, strict=True) if plain]
-        tokens = iter(torch.cat(alike).argmax(-1).tolist() if alike else [])
-        for (request, reading, rows), plain in zip(done, largest, strict=True):
+        alike = [rows for (_, _, rows), plain in zip(done, plainly, strict=True) if plain]
+        tokens = iter(largest(torch.cat(alike)) if alike else [])
+        for (request, reading, rows), plain in zip(done, plainly, strict=True):
             guesses = list(reading.part.ids[len(reading.part.ids) - reading.wanted + 1 :])
             chosen = [next(tokens) for _ in range(reading.wanted)] if plain else None
             for number in range(reading.wanted):

@@ -20,6 +20,12 @@ from transformers.generation.logits_process import (
 from finespun.generation.settings import Sampling
 
 
+def largest(logits: torch.Tensor) -> list[int]:
+    """The token with the largest of each row of `logits` `[rows, vocab]`: the first of those that are equal, as
+    some are in bfloat16. torch's `argmax` promises none of them."""
+    return logits.float().cpu().numpy().argmax(-1).tolist()
+
+
 class Chooser:
     """Chooses the tokens of one sequence under `sampling`; `sample` is its number among several of one prompt, so that
     a sequence comes out the same alone or in any batch. `stop_ids` end it."""
@@ -60,7 +66,7 @@ class Chooser:
         """The next token after `prompt` and `new`, given its `logits` `[vocab]`, among those `allowed` `[vocab]`."""
         scores = self._scores(prompt, new, logits, allowed)
         if self.greedy:
-            return int(scores.argmax())
+            return largest(scores[None])[0]
         return self._draw(scores.softmax(-1))
 
     def verify(self, guess: int, prompt: Sequence[int], new: Sequence[int], logits: torch.Tensor) -> int:
@@ -68,7 +74,7 @@ class Chooser:
         others; together the model's own distribution (Leviathan et al. 2023, for guesses that are certain)."""
         scores = self._scores(prompt, new, logits, None)
         if self.greedy:
-            return int(scores.argmax())
+            return largest(scores[None])[0]
         probabilities = scores.softmax(-1)
         if float(torch.rand((), generator=self._generator)) < float(probabilities[guess]):
             return guess
