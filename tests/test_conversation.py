@@ -11,6 +11,7 @@ import pytest
 
 from finespun.conversation import Conversation
 from finespun.errors import DataError, GenerationError, RecipeError
+from finespun.generation.constraints import Constraint
 from finespun.generation.settings import Sampling
 from finespun.models.load import LoadedModel
 from finespun.text_model import TextModel
@@ -77,6 +78,19 @@ def test_a_turn_that_does_not_fit_is_forgotten(model: TextModel) -> None:
     with pytest.raises(DataError, match="context 128"):
         talk.say("the old ferryman " * 60, silent)
     assert len(talk.turns) == 2
+
+
+def test_an_answer_that_a_setting_makes_impossible_is_no_turn(
+    model: TextModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def breaks(self: Constraint, token: int) -> None:
+        raise GenerationError("too large")
+
+    monkeypatch.setattr(Constraint, "take", breaks)
+    talk = Conversation(model, Sampling(regex="[ab]{9}"))
+    with pytest.raises(GenerationError, match="too large"):
+        talk.say("hello", silent)
+    assert talk.turns == []
 
 
 def test_an_interrupted_answer_ends_where_it_is(model: TextModel, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,7 +44,8 @@ class Conversation:
 
     def say(self, text: str, on_text: Callable[[str], None]) -> str:
         """The answer to `text`, of which `on_text` gets each piece as it is written. An interrupted one ends where it
-        is. Raises `DataError` where the conversation has become too long for the model, and forgets this turn then."""
+        is. Raises `DataError` where the conversation has become too long for the model, `GenerationError` where a
+        setting cannot be followed, and forgets this turn then."""
         self.turns.append(Message(role="user", content=text))
         pieces: list[str] = []
 
@@ -64,6 +65,9 @@ class Conversation:
                     pass
         except KeyboardInterrupt:
             self._engine.cancel(request)
+        if request.error:
+            self.turns.pop()
+            raise request.error
         answer = request.completion.text if request.completion else "".join(pieces)
         self.turns.append(Message(role="assistant", content=answer))
         return answer

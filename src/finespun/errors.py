@@ -43,3 +43,7 @@ class TrainingInterrupted(FinespunError):
 
 class GenerationError(FinespunError):
     """A text cannot be written as it was asked for."""
+
+
+class ServingError(FinespunError):
+    """An address at which a server cannot listen."""

@@ -60,9 +60,10 @@ class TextModel:
     def generate(self, prompt: str | Sequence[Prompt], **sampling: Any) -> str | list[str]:
         """What the model writes after `prompt`, without the prompt: a text, or a list of texts for a list of prompts.
 
-        A prompt is a text or a conversation (a list of messages). Keywords are the fields of `Sampling`:
-        `max_new_tokens`, `temperature`, `top_k`, `top_p`, `min_p`, `repetition_penalty`, `stop`, `seed`. Greedy by
-        default. Raises `RecipeError` for a setting that cannot be, `DataError` for a prompt that does not fit.
+        A prompt is a text or a conversation (a list of messages). Keywords are the fields of `Sampling`, such as
+        `max_new_tokens`, `temperature`, `stop` and `seed`. Greedy by default. Raises `RecipeError` for a setting that
+        cannot be, `DataError` for a prompt that does not fit, `GenerationError` for a constraint that cannot be
+        followed.
         """
         if isinstance(prompt, str):
             return self.complete([prompt], **sampling)[0][0].text

@@ -9,6 +9,7 @@ import pytest
 
 from finespun.data.templates import Encoder
 from finespun.errors import GenerationError
+from finespun.generation.constraints import Constraint
 from finespun.generation.engine import Engine, generate
 from finespun.generation.settings import Sampling
 from finespun.models.load import LoadedModel
@@ -107,6 +108,38 @@ MIXED = ({}, {"regex": "[0-9]+x"}, {"choices": ["a", "b"]}, {"json_schema": {"ty
 def test_what_cannot_be_followed_is_refused(tiny: LoadedModel, encoder: Encoder, settings: dict, message: str) -> None:
     with pytest.raises(GenerationError, match=f"(?s){message}"):
         generate(tiny, encoder, [[7]], Sampling(**settings))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"grammar": "start: start start"},
+        {"json_schema": {"$ref": "#"}},
+        {"json_schema": {"enum": []}},
+    ],
+    ids=["a grammar", "a schema of itself", "a schema of nothing"],
+)
+def test_what_no_text_can_follow_is_refused_at_once(tiny: LoadedModel, encoder: Encoder, settings: dict) -> None:
+    """llguidance lets such a text end at once, as if the empty one kept to it."""
+    with pytest.raises(GenerationError, match=next(iter(settings))):
+        Engine(tiny, encoder).add([7], Sampling(**settings))
+
+
+def test_one_that_cannot_be_followed_further_does_not_end_the_others(
+    tiny: LoadedModel, encoder: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def breaks(self: Constraint, token: int) -> None:
+        raise GenerationError("too large")
+
+    both = Engine(tiny, encoder)
+    bad, good = both.add([7], Sampling(regex="[ab]{5}")), both.add([8], Sampling(max_new_tokens=4))
+    monkeypatch.setattr(Constraint, "take", breaks)
+    while both.step():
+        pass
+    assert bad.completion is None
+    with pytest.raises(GenerationError, match="too large"):
+        bad.result()
+    assert good.completion == generate(tiny, encoder, [[8]], Sampling(max_new_tokens=4))[0][0]
 
 
 def test_two_constraints_exclude_each_other() -> None:

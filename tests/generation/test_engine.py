@@ -23,7 +23,7 @@ from finespun.generation.runner import Reading, SingleRunner, SlotRunner, runner
 from finespun.generation.sampling import Chooser
 from finespun.generation.settings import Sampling
 from finespun.models.load import LoadedModel, compute_in
-from finespun.models.prepacked import _can_prepack
+from finespun.models.prepacked import can_prepack
 from scipy_free import chi_square_p
 
 PROMPTS = ["the old ferryman", "a", "over the slow river and said nothing at all, 江雪", "heron mill boat " * 6, "mill"]
@@ -206,7 +206,7 @@ def test_greedy_tokens_equal_transformers_for(random_model: LoadedModel, count: 
     assert isinstance(runner_for(random_model), SingleRunner) == (random_model.base_name == "bloom")
 
 
-@pytest.mark.skipif(not _can_prepack(), reason="this CPU has no bfloat16 products")
+@pytest.mark.skipif(not can_prepack(), reason="this CPU has no bfloat16 products")
 def test_texts_do_not_depend_on_their_company_in_bfloat16(tiny: LoadedModel, encoder: Encoder) -> None:
     """To the bit: log-probabilities too, whatever was read together, in pieces, or copied from others, for a model of
     this size."""
@@ -286,9 +286,16 @@ def test_a_request_that_is_cancelled_frees_its_slot(tiny: LoadedModel, encoder: 
     assert len(pieces) == heard
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("random_model", ["bloom"], indirect=True)
+def test_a_cache_that_may_have_forgotten_is_not_gone_back_in(random_model: LoadedModel, small_tokenizer) -> None:
+    encoder = Encoder(small_tokenizer, "raw")
+    prompts = [[7, 8, 9] * 5, [7, 8, 9] * 5]
+    plain = generate(random_model, encoder, prompts, Sampling(max_new_tokens=12))
+    assert generate(random_model, encoder, prompts, Sampling(max_new_tokens=12, draft_tokens=4)) == plain
+
+
 def test_guesses_change_nothing_but_the_number_of_passes(
-    tiny: LoadedModel, encoder: Encoder, monkeypatch: pytest.MonkeyPatch, temperature: float
+    tiny: LoadedModel, encoder: Encoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A text that repeats itself, which a model that repeats itself continues."""
     watched = Watched(monkeypatch)
@@ -296,9 +303,7 @@ def test_guesses_change_nothing_but_the_number_of_passes(
     plain = generate(tiny, encoder, prompts, Sampling(max_new_tokens=60))
     passes = len(watched.passes)
     watched.passes.clear()
-    guessed = generate(tiny, encoder, prompts, Sampling(max_new_tokens=60, draft_tokens=5, temperature=temperature))
-    if temperature:
-        return
+    guessed = generate(tiny, encoder, prompts, Sampling(max_new_tokens=60, draft_tokens=5))
     assert guessed == plain
     assert len(watched.passes) < passes
 
@@ -396,8 +401,12 @@ def test_beams_are_transformers_own(tiny: LoadedModel, encoder: Encoder) -> None
     assert [completions[0].text for completions in found] == texts
     (stopped,) = generate(tiny, encoder, ids[:1], Sampling(max_new_tokens=12, **settings, stop=[texts[0][3:5]]))[0]
     assert (stopped.text, stopped.finish_reason) == (texts[0][: texts[0].index(texts[0][3:5])], "stop")
-    with pytest.raises(GenerationError, match="does not know regex, temperature"):
+    with pytest.raises(GenerationError, match="does not know temperature, regex"):
         generate(tiny, encoder, ids, Sampling(beams=2, temperature=1.0, regex="a"))
+    with pytest.raises(DataError, match="Prompt 2: The prompt has 200 tokens"):
+        generate(tiny, encoder, [ids[0], [7] * 200], Sampling(beams=2))
+    with pytest.raises(GenerationError, match="beams"):
+        Engine(tiny, encoder).add(ids[0], Sampling(beams=2))
 
 
 def test_the_best_of_several_is_the_likeliest(tiny: LoadedModel, encoder: Encoder) -> None:
@@ -408,3 +417,6 @@ def test_the_best_of_several_is_the_likeliest(tiny: LoadedModel, encoder: Encode
     for best, all_ten in zip(found, drawn, strict=True):
         for one, five in zip(best, (all_ten[:5], all_ten[5:]), strict=True):
             assert one.text == max(five, key=lambda completion: completion.mean_logprob).text
+            assert one.logprobs is None, "they were not asked for"
+    with pytest.raises(GenerationError, match="best_of"):
+        Engine(tiny, encoder).add(ids[0], Sampling(best_of=2))

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from finespun.models.prepacked import Prepacked, _can_prepack
+from finespun.models.prepacked import Prepacked, can_prepack
 
 
-@pytest.mark.skipif(not _can_prepack(), reason="this CPU has no bfloat16 products")
+@pytest.mark.skipif(not can_prepack(), reason="this CPU has no bfloat16 products")
 @pytest.mark.parametrize("rows", [1, 3, 64, 300])
 def test_products_are_the_same(rows: int) -> None:
     torch.manual_seed(0)

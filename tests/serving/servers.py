@@ -87,7 +87,7 @@ class FakeEngine:
 
     def __init__(self, script: Callable[[str], list[str]], encoder: Encoder, slots: int, seconds: float = 0.0) -> None:
         self.script, self.encoder, self.slots, self.seconds = script, encoder, slots, seconds
-        self.running: list[FakeRequest] = []
+        self.active: list[FakeRequest] = []
         self.steps = 0
         self.cancelled_at: list[int] = []
         self.samplings: list[Any] = []
@@ -96,16 +96,19 @@ class FakeEngine:
         self.open.set()
         self.breaks = False
 
+    def running(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
     def add(self, prompt, sampling, sample=0, on_text=None) -> FakeRequest:
         text = self.encoder.decode(prompt, skip_special_tokens=False)
         self.prompts.append(text)
         self.samplings.append(sampling)
         request = FakeRequest(self.script(text), on_text, sampling.max_new_tokens, len(prompt))
-        self.running.append(request)
+        self.active.append(request)
         return request
 
     def cancel(self, request: FakeRequest) -> None:
-        self.running.remove(request)
+        self.active.remove(request)
         self.cancelled_at.append(self.steps)
 
     def step(self) -> bool:
@@ -115,7 +118,7 @@ class FakeEngine:
         if self.breaks:
             self.breaks = False
             raise RuntimeError("broken")
-        for request in self.running[: self.slots]:
+        for request in self.active[: self.slots]:
             if request.pieces and len(request.written) < request.longest:
                 request.written.append(request.pieces.pop(0))
                 request.on_text(request.written[-1], ())
@@ -124,8 +127,8 @@ class FakeEngine:
                 request.completion = Completion(
                     "".join(request.written), reason, request.prompt_tokens, len(request.written), None
                 )
-        self.running = [request for request in self.running if request.completion is None]
-        return bool(self.running)
+        self.active = [request for request in self.active if request.completion is None]
+        return bool(self.active)
 
 
 def fake(

@@ -238,13 +238,13 @@ def test_a_request_that_takes_too_long_is_ended(small_tokenizer: Any) -> None:
         answer = server.post(json=ASK | {"max_tokens": 100})
         assert "too long" in refused(answer, 503)["message"]
         assert "retry-after" in answer.headers
-        wait_until(lambda: not engine.running)
+        wait_until(lambda: not engine.active)
         pieces: list[Any] = []
         stream = server.client().completions.create(**ASK | {"max_tokens": 100}, stream=True)
         with pytest.raises(openai.APIError, match="too long"):
             pieces.extend(stream)
         assert 2 <= len(pieces) < 10
-        wait_until(lambda: not engine.running)
+        wait_until(lambda: not engine.active)
         assert server.service.models["m"].in_flight == 0
 
 

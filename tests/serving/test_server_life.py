@@ -48,12 +48,12 @@ def test_a_client_that_goes_away_frees_its_slot_within_one_step(small_tokenizer:
             f"Content-Length: {len(data)}\r\n\r\n".encode()
             + data
         )
-        wait_until(lambda: len(engine.running) == 2 and engine.steps >= 2)
+        wait_until(lambda: len(engine.active) == 2 and engine.steps >= 2)
         left_at = engine.steps
         connection.close()
         wait_until(lambda: len(engine.cancelled_at) == 2)
         assert max(engine.cancelled_at) - left_at <= 1
-        assert engine.running == []
+        assert engine.active == []
         wait_until(lambda: server.service.models["m"].in_flight == 0)
         assert not server.service.answers
 
@@ -73,7 +73,7 @@ def test_a_client_that_reads_slowly_keeps_nobody_waiting(small_tokenizer: Any) -
             )
             wait_until(lambda: engine.steps > 50)
             assert server.post(json=ASK | {"max_tokens": 1}).status_code == 200
-            wait_until(lambda: not engine.running)
+            wait_until(lambda: not engine.active)
         wait_until(lambda: server.service.models["m"].in_flight == 0)
 
 

@@ -123,7 +123,7 @@ def _change(partner: Conversation, command: str, rest: str) -> None:
 
 
 def _each(partners: dict[str, Conversation], answer: Callable[[Conversation, Callable[[str], None]], str]) -> None:
-    """Each partner's answer: as it is written, or, of two on a terminal that is wide enough, side by side."""
+    """Each partner's answer: as it is written, or, of two on a terminal, side by side."""
     if len(partners) > 1 and sys.stdout.isatty():
         _side_by_side(list(partners), [answer(partner, lambda piece: None) for partner in partners.values()])
         return

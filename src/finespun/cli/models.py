@@ -17,7 +17,7 @@ def models() -> None:
             here = "not converted yet" if locate(name, download=False).kind == "package" else "yes"
         except ModelNotFound:
             here = "no"
-        table.add_row(name, known.parameters, here, known.hub_id, known.about)
+        table.add_row(name, known.parameters, here, known.hub_id, f"{known.about}; {known.licence}")
     # a table is read by people and by grep: its rows are never wrapped or cut
     Console(width=160, soft_wrap=True).print(table)
     print("\nA model that is not here is fetched from the hub on first use, or by: hf download HUB-NAME")

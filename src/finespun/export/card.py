@@ -19,18 +19,6 @@ from finespun.runs import RunFolder
 
 EXAMPLES = 3
 
-LICENCES = {
-    "smollm2-135m": "apache-2.0",
-    "smollm2-360m": "apache-2.0",
-    "smollm2-1.7b": "apache-2.0",
-    "gpt2": "mit",
-    "gpt2-medium": "mit",
-    "qwen3-0.6b": "apache-2.0",
-    "qwen3-1.7b": "apache-2.0",
-    "llama-3.2-1b": "llama3.2",
-}
-"""Of the known models, as the hub names licences."""
-
 
 def model_card(run: RunFolder, library: str | None) -> str:
     """The card of a finished run whose weights `library` loads ("transformers", "peft"; None for GGUF). Raises
@@ -74,8 +62,8 @@ def _base(name: str) -> tuple[str, str | None]:
     while (Path(name) / "manifest.json").is_file():
         name = RunFolder(Path(name)).manifest()["base"]["name"]
     public = hub_id(name)
-    known = next((short for short, model in KNOWN_MODELS.items() if model.hub_id == public), "")
-    return public or Path(name).name, LICENCES.get(known)
+    licence = next((model.licence for model in KNOWN_MODELS.values() if model.hub_id == public), None)
+    return public or Path(name).name, licence
 
 
 def _results(manifest: Mapping[str, Any]) -> str:

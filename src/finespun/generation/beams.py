@@ -15,8 +15,8 @@ from finespun.models.load import LoadedModel
 TOGETHER = 64
 """Beams that are continued at once."""
 
-UNUSED = ("logprobs", "best_of", "draft_tokens", "logit_bias", "presence_penalty", "frequency_penalty", *CONSTRAINTS)
-"""Settings that beam search does not know."""
+UNKNOWN = ("best_of", "frequency_penalty", "logit_bias", "logprobs", "presence_penalty", "temperature", *CONSTRAINTS)
+"""Settings that beam search, which takes the likeliest texts, does not know."""
 
 
 @torch.inference_mode()
@@ -25,7 +25,8 @@ def beam_search(
 ) -> list[list[int]]:
     """The ids of the best continuation of each prompt, an end-of-text token with them if there is one. Prompts are
     filled up on the left. Raises `GenerationError` for a setting that beam search does not know."""
-    check_beams(sampling)
+    if given := sampling.changed(*UNKNOWN):
+        raise GenerationError(f"beams: beam search takes the likeliest texts and does not know {', '.join(given)}.")
     context = loaded.context_length
     size = max(1, TOGETHER // sampling.beams)
     order = sorted(range(len(prompts)), key=lambda number: -len(prompts[number]))
@@ -48,19 +49,6 @@ def beam_search(
             end = next((place for place, token in enumerate(row) if token in encoder.stop_ids), len(row) - 1)
             found[number] = row[: end + 1]
     return [found[number] for number in range(len(prompts))]
-
-
-def check_beams(sampling: Sampling) -> None:
-    """Raises `GenerationError` for what beam search does not know: sampling, and the settings in `UNUSED`."""
-    given = [
-        name
-        for name in UNUSED
-        if getattr(sampling, name) != Sampling.model_fields[name].get_default(call_default_factory=True)
-    ]
-    if sampling.temperature:
-        given.append("temperature")
-    if given:
-        raise GenerationError(f"beams: beam search takes the likeliest texts and does not know {', '.join(given)}.")
 
 
 def _options(sampling: Sampling) -> dict[str, Any]:

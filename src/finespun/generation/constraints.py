@@ -28,23 +28,24 @@ class Constraint:
         self._vocabulary = vocabulary
         if error := self._matcher.get_error():
             raise GenerationError(error)
-
-    @property
-    def may_end(self) -> bool:
-        """Whether what has been written is complete."""
-        return self._matcher.is_accepting()
+        self.allowed()  # says whether there is any way to begin
 
     @property
     def must_end(self) -> bool:
-        """Whether nothing can follow."""
+        """Whether what has been written is complete and nothing can follow."""
         return self._matcher.is_stopped()
 
     def allowed(self) -> torch.Tensor:
-        """Which tokens may come next, `[vocab]`."""
-        bits = np.unpackbits(np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8), bitorder="little")
-        mask = np.zeros(self._vocabulary, dtype=bool)
-        mask[: len(bits)] = bits[: self._vocabulary]
-        return torch.from_numpy(mask)
+        """Which tokens may come next, `[vocab]`. Raises `GenerationError` where none may, or where the constraint is
+        too large to be followed; llguidance itself would end the text there, as if it were complete."""
+        mask = self._matcher.compute_bitmask()
+        if self._matcher.is_error():
+            reason = self._matcher.get_error().partition("\n")[0]
+            raise GenerationError(f"The text cannot go on in a way that it allows ({reason}).")
+        bits = np.unpackbits(np.frombuffer(mask, dtype=np.uint8), bitorder="little")
+        tokens = np.zeros(self._vocabulary, dtype=bool)
+        tokens[: len(bits)] = bits[: self._vocabulary]
+        return torch.from_numpy(tokens)
 
     def take(self, token: int) -> None:
         """`token` is written."""

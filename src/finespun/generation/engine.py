@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Literal
 
@@ -140,14 +140,9 @@ class Engine:
         of text as soon as it is certain, with the log-probabilities of its tokens if these are asked for. Raises
         `DataError` for a prompt that leaves no room in the model's context, `GenerationError` for a constraint that
         cannot be followed."""
-        if sampling.beams > 1:
-            raise GenerationError("beams: beam search is for prompts that are all there at the beginning.")
-        context = self._loaded.context_length
-        if len(prompt) >= context:
-            raise DataError(
-                f"The prompt has {len(prompt)} tokens and the model's context {context}: nothing could follow it. "
-                "Shorten it."
-            )
+        if given := sampling.changed("beams", "best_of"):
+            raise GenerationError(f"{given[0]}: is for prompts that are all there at the beginning.")
+        room = room_behind(prompt, sampling, self._loaded.context_length)
         unknown = [token for token in sampling.logit_bias if not 0 <= token < self._vocabulary]
         if unknown:
             raise GenerationError(f"logit_bias: there is no token {unknown[0]}; ids go to {self._vocabulary - 1}.")
@@ -159,7 +154,7 @@ class Engine:
             TextStream(self._encoder, sampling.stop),
             constraint_for(sampling, self._encoder.tokenizer, stop_ids, self._vocabulary),
             on_text,
-            min(sampling.max_new_tokens, context - len(prompt)),
+            room,
         )
         self._waiting.append(request)
         return request
@@ -242,7 +237,7 @@ class Engine:
 
     def _most_in_common(self, prompt: list[int]) -> tuple[int, int]:
         """The slot that has read most of the beginning of `prompt`, and how much; at least one token is left."""
-        if not self._runner.shares:
+        if not self._runner.rewinds:
             return 0, 0
         common = [
             _common(prompt, held) if request is None else min(_common(prompt, request.prompt), request.computed)
@@ -278,7 +273,7 @@ class Engine:
     def _guess(self, request: Request) -> list[int]:
         """What followed, earlier in the sequence, on the tokens that are its last."""
         most = min(request.sampling.draft_tokens, request.room - len(request.new) - 1)
-        if most < 1 or request.constraint:
+        if most < 1 or request.constraint or not self._runner.rewinds:
             return []
         ids = request.ids
         for length in (3, 2):
@@ -301,8 +296,12 @@ class Engine:
             chosen = [next(tokens) for _ in range(reading.wanted)] if plain else None
             for number in range(reading.wanted):
                 guess = guesses[number] if number < len(guesses) else None
-                token = chosen[number] if chosen else self._choose(request, rows[number], guess)
-                self._take(request, token)
+                try:
+                    token = chosen[number] if chosen else self._choose(request, rows[number], guess)
+                    self._take(request, token)
+                except GenerationError as error:  # the others go on
+                    request.error = error
+                    break
                 if request.ended or token != guess:
                     break
             request.computed = len(request.prompt) + len(request.new) - 1
@@ -335,11 +334,7 @@ class Engine:
         request.new.append(token)
         request.emit(request.stream.push(token))
         if request.constraint:
-            try:
-                request.constraint.take(token)
-            except GenerationError as error:
-                request.error = error
-                return
+            request.constraint.take(token)
         if request.stream.stopped or (request.constraint and request.constraint.must_end):
             request.finish("stop")
         elif len(request.new) >= request.room:
@@ -385,37 +380,52 @@ def generate(
     `on_text(prompt, sample, text)` gets each new piece of text as soon as it is certain. Raises `DataError` for a
     prompt that leaves no room in the model's context, `GenerationError` for a constraint that cannot be followed.
     """
+    for number, prompt in enumerate(prompts, 1):
+        try:
+            room_behind(prompt, sampling, loaded.context_length)
+        except DataError as error:
+            raise DataError(f"Prompt {number}: {error}") from None
     if sampling.beams > 1:
         if samples > 1:
             raise GenerationError("beams: beam search gives one text for a prompt; leave out samples.")
         return [[completion] for completion in _with_beams(loaded, encoder, prompts, sampling)]
-    engine = Engine(loaded, encoder, SLOTS)
-    drawn = samples * sampling.best_of
     if sampling.best_of > 1:
-        sampling = sampling.model_copy(update={"logprobs": sampling.logprobs or 0})
+        return _likeliest(loaded, encoder, prompts, sampling, samples)
+    engine = Engine(loaded, encoder, SLOTS)
     requests: dict[tuple[int, int], Request] = {}
     # prompts of a length stand side by side, and the longest do not come last, alone
     for number in sorted(range(len(prompts)), key=lambda number: -len(prompts[number])):
-        for draw in range(drawn):
-            emit = _emitter(on_text, number, draw) if on_text and sampling.best_of == 1 else None
-            try:
-                requests[number, draw] = engine.add(prompts[number], sampling, draw, emit)
-            except DataError as error:
-                raise DataError(f"Prompt {number + 1}: {error}") from None
+        for sample in range(samples):
+            emit = _emitter(on_text, number, sample) if on_text else None
+            requests[number, sample] = engine.add(prompts[number], sampling, sample, emit)
     with engine.running():
         while engine.step():
             pass
-    completions = {place: request.result() for place, request in requests.items()}
-    return [
-        [
-            max(
-                (completions[number, draw] for draw in range(first, first + sampling.best_of)),
-                key=lambda completion: completion.mean_logprob or 0.0,
-            )
-            for first in range(0, drawn, sampling.best_of)
-        ]
-        for number in range(len(prompts))
-    ]
+    return [[requests[number, sample].result() for sample in range(samples)] for number in range(len(prompts))]
+
+
+def room_behind(prompt: Sequence[int], sampling: Sampling, context: int) -> int:
+    """Tokens that a continuation of `prompt` may have. Raises `DataError` where that is none."""
+    if len(prompt) >= context:
+        raise DataError(
+            f"The prompt has {len(prompt)} tokens and the model's context {context}: nothing could follow it. "
+            "Shorten it."
+        )
+    return min(sampling.max_new_tokens, context - len(prompt))
+
+
+def _likeliest(
+    loaded: LoadedModel, encoder: Encoder, prompts: Sequence[Sequence[int]], sampling: Sampling, samples: int
+) -> list[list[Completion]]:
+    """Of each `best_of` continuations the one whose tokens are likeliest on average."""
+    count, asked = sampling.best_of, sampling.logprobs is not None
+    each = sampling.model_copy(update={"best_of": 1, "logprobs": sampling.logprobs or 0})
+    found = []
+    for drawn in generate(loaded, encoder, prompts, each, samples * count):
+        groups = (drawn[first : first + count] for first in range(0, len(drawn), count))
+        best = [max(group, key=lambda completion: completion.mean_logprob or 0.0) for group in groups]
+        found.append(best if asked else [replace(one, logprobs=None, mean_logprob=None) for one in best])
+    return found
 
 
 def _with_beams(

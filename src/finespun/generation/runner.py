@@ -32,8 +32,8 @@ class Runner(Protocol):
 
     begin: int
     """Position at which a sequence begins: behind the soft prompt, if there is one."""
-    shares: bool
-    """Whether `copy` is possible."""
+    rewinds: bool
+    """Whether a slot can be copied, and read again from an earlier position."""
 
     def resize(self, slots: int, capacity: int) -> None:
         """Makes room for so many sequences of so many tokens."""
@@ -48,7 +48,7 @@ class Runner(Protocol):
         ...
 
     def copy(self, source: int, target: int, tokens: int) -> None:
-        """The first `tokens` positions of a slot become those of another."""
+        """The first `tokens` positions of a slot become those of another; only asked of what `rewinds`."""
         ...
 
     def logits(self, readings: Sequence[Reading]) -> list[torch.Tensor]:
@@ -75,7 +75,7 @@ _exact: weakref.WeakKeyDictionary[PreTrainedModel, bool] = weakref.WeakKeyDictio
 class SlotRunner:
     """All sequences in one packed row."""
 
-    shares = True
+    rewinds = True
 
     def __init__(self, model: PreTrainedModel, soft_prompt: tuple[Cache, int] | None = None) -> None:
         self._model = model
@@ -139,7 +139,7 @@ class SlotRunner:
 class SingleRunner:
     """A sequence at a time, in the model's own way."""
 
-    shares = False
+    rewinds = False
 
     def __init__(self, loaded: LoadedModel) -> None:
         self._loaded = loaded
@@ -159,7 +159,7 @@ class SingleRunner:
         self._caches[slot] = prompt[0] if prompt else DynamicCache(config=self._model.config)
 
     def copy(self, source: int, target: int, tokens: int) -> None:
-        raise NotImplementedError("the engine asks only runners that share")
+        raise NotImplementedError("a cache of transformers may have forgotten its beginning")
 
     def attending(self) -> AbstractContextManager[None]:
         return nullcontext()
@@ -168,12 +168,9 @@ class SingleRunner:
         return [self._of_one(reading) for reading in readings]
 
     def _of_one(self, reading: Reading) -> torch.Tensor:
-        part, cache = reading.part, self._caches[reading.part.slot]
-        if cache.get_seq_length() > part.begin:  # guesses that were wrong
-            cache.crop(part.begin)
         output = self._model(
-            input_ids=torch.tensor([list(part.ids)], device=self._model.device),
-            past_key_values=cache,
+            input_ids=torch.tensor([list(reading.part.ids)], device=self._model.device),
+            past_key_values=self._caches[reading.part.slot],
             use_cache=True,
             logits_to_keep=max(1, reading.wanted),
         )

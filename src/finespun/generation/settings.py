@@ -38,6 +38,7 @@ class Sampling(Section):
     """Taken from the logit of a token once for each time that the continuation has it."""
     no_repeat_ngram_size: Annotated[int, Field(ge=1)] | None = None
     """No sequence of so many tokens occurs twice, the prompt included."""
+    # the command line knows no such dictionaries
     logit_bias: Annotated[dict[int, float], Parameter(parse=False)] = Field(default_factory=dict)
     """Added to the logits of these token ids."""
     stop: list[str] = Field(default_factory=list)
@@ -63,6 +64,10 @@ class Sampling(Section):
     pass: faster where an answer repeats the prompt, and what is written does not change (Saxena 2023)."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of the sampling; the n-th sample of any prompt draws from its own stream of it."""
+
+    def changed(self, *names: str) -> list[str]:
+        """Those of the settings `names` that are not as they are by default."""
+        return [name for name in names if getattr(self, name) != getattr(Sampling(), name)]
 
     @model_validator(mode="after")
     def _one_constraint(self) -> Sampling:

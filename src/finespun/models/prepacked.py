@@ -28,7 +28,7 @@ class Prepacked:
             if type(layer) is torch.nn.Linear and layer.weight.dtype == torch.bfloat16 and layer.weight.is_cpu
         ]
         size = sum(layer.weight.nbytes for layer in layers)
-        if not _can_prepack() or size > SHARE * psutil.virtual_memory().available:
+        if not can_prepack() or size > SHARE * psutil.virtual_memory().available:
             return
         for layer in layers:
             weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), None)
@@ -46,7 +46,8 @@ class Prepacked:
                 del layer.forward  # the class's own comes back
 
 
-def _can_prepack() -> bool:
+def can_prepack() -> bool:
+    """Whether this CPU multiplies bfloat16 and this torch can lay out weights for that."""
     operators = torch.ops.mkldnn  # what torch's own compiler uses for this
     names = "_is_mkldnn_bf16_supported", "_reorder_linear_weight", "_linear_pointwise"
     return all(hasattr(operators, name) for name in names) and operators._is_mkldnn_bf16_supported()

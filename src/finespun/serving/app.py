@@ -148,11 +148,13 @@ async def completions(body: CompletionRequest, request: Request, service: TheSer
 
 @router.get("/v1/models", responses={status: REFUSALS[status] for status in (401,)})
 async def models(service: TheService) -> ModelList:
+    """The models that can be asked for by now."""
     return ModelList(data=[_card(model) for model in service.models.values()])
 
 
 @router.get("/v1/models/{name:path}", responses={status: REFUSALS[status] for status in (401, 404, 503)})
 async def model(name: str, service: TheService) -> ModelCard:
+    """One of them."""
     return _card(service.model(name))
 
 
@@ -170,6 +172,7 @@ async def ready(service: TheService) -> Status:
 
 @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
 async def metrics(service: TheService) -> Response:
+    """Figures in Prometheus' text format."""
     return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 

@@ -13,6 +13,8 @@ log = logging.getLogger("finespun.serving")
 
 
 class ErrorDetail(BaseModel):
+    """What is wrong, of which kind, and with which field."""
+
     message: str
     type: str
     param: str | None = None
@@ -20,6 +22,8 @@ class ErrorDetail(BaseModel):
 
 
 class ErrorResponse(BaseModel):
+    """The body of every answer that says no."""
+
     error: ErrorDetail
 
 

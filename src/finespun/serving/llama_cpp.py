@@ -20,12 +20,12 @@ from finespun.export.gguf import write_gguf
 from finespun.export.settings import Quantization
 from finespun.files import data_cache, hash_of
 from finespun.generation.engine import Completion, TokenLogprob
-from finespun.generation.settings import CONSTRAINTS, Sampling
+from finespun.generation.settings import Sampling
 from finespun.models.catalog import weights_sha256
 from finespun.models.load import LoadedModel
 from finespun.serving.worker import Accepted, BackendFailed, Event, Piece
 
-UNKNOWN = ("min_new_tokens", "no_repeat_ngram_size", "best_of", "beams", *(set(CONSTRAINTS) - {"json_schema"}))
+UNKNOWN = ("beams", "best_of", "choices", "grammar", "min_new_tokens", "no_repeat_ngram_size", "regex")
 """Settings that this backend does not pass on."""
 
 SEEDS = 1 << 32
@@ -118,9 +118,8 @@ class LlamaCpp:
 
 def request_body(prompt: Sequence[int], sampling: Sampling, sample: int) -> dict[str, Any]:
     """What llama.cpp is asked for a continuation. Raises `GenerationError` for a setting that it does not know."""
-    given = [name for name in UNKNOWN if getattr(sampling, name) != getattr(Sampling(), name)]
-    if given:
-        raise GenerationError(f"The llama.cpp engine does not know {', '.join(sorted(given))}.")
+    if given := sampling.changed(*UNKNOWN):
+        raise GenerationError(f"The llama.cpp engine does not know {', '.join(given)}.")
     body = {
         "prompt": list(prompt),
         "stream": True,

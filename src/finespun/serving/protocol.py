@@ -21,23 +21,31 @@ class _Asked(BaseModel):
 
 
 class TextPart(_Asked):
+    """A piece of a message's text; pieces of other kinds are not taken."""
+
     type: Literal["text"]
     text: str
 
 
 class FunctionCall(_Asked):
+    """Which function an assistant called, and with what."""
+
     name: str
     arguments: str
     """A JSON object, written as a text."""
 
 
 class ToolCall(_Asked):
+    """A call in an assistant's message."""
+
     id: str
     type: Literal["function"] = "function"
     function: FunctionCall
 
 
 class ChatMessage(_Asked):
+    """A turn of a conversation, as a client sends it."""
+
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[TextPart] | None = None
     name: str | None = None
@@ -52,6 +60,8 @@ class ChatMessage(_Asked):
 
 
 class Function(_Asked):
+    """A function that may be called."""
+
     name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
     description: str | None = None
     parameters: dict[str, Any] | None = None
@@ -60,20 +70,28 @@ class Function(_Asked):
 
 
 class Tool(_Asked):
+    """A tool that may be called: a function, the only kind there is."""
+
     type: Literal["function"]
     function: Function
 
 
 class NamedFunction(_Asked):
+    """The name of a function that is to be called."""
+
     name: str
 
 
 class NamedTool(_Asked):
+    """`tool_choice`: this function has to be called."""
+
     type: Literal["function"]
     function: NamedFunction
 
 
 class StreamOptions(_Asked):
+    """What a stream is to have beside the text."""
+
     include_usage: bool = False
     """A last chunk with the counts of tokens."""
     include_obfuscation: bool | None = None
@@ -81,14 +99,20 @@ class StreamOptions(_Asked):
 
 
 class TextFormat(_Asked):
+    """`response_format`: any text."""
+
     type: Literal["text"]
 
 
 class JsonObjectFormat(_Asked):
+    """`response_format`: a JSON object of any kind."""
+
     type: Literal["json_object"]
 
 
 class JsonSchema(_Asked):
+    """A schema with its name."""
+
     name: str
     description: str | None = None
     schema_: Annotated[dict[str, Any], Field(alias="schema")]
@@ -97,6 +121,8 @@ class JsonSchema(_Asked):
 
 
 class JsonSchemaFormat(_Asked):
+    """`response_format`: JSON that keeps to a schema."""
+
     type: Literal["json_schema"]
     json_schema: JsonSchema
 
@@ -181,27 +207,37 @@ class CompletionRequest(GenerationRequest):
 
 
 class Usage(BaseModel):
+    """Tokens of the prompts and of the texts."""
+
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
 
 
 class TopLogprob(BaseModel):
+    """A token with its log-probability (nats) and its bytes."""
+
     token: str
     logprob: float
     bytes: list[int] | None
 
 
 class ContentLogprob(TopLogprob):
+    """A written token, with the likeliest ones in its place."""
+
     top_logprobs: list[TopLogprob]
 
 
 class ChatLogprobs(BaseModel):
+    """Log-probabilities of a message's tokens."""
+
     content: list[ContentLogprob]
     refusal: None = None
 
 
 class AnsweredMessage(BaseModel):
+    """The assistant's message."""
+
     role: Literal["assistant"] = "assistant"
     content: str | None
     refusal: None = None
@@ -209,6 +245,8 @@ class AnsweredMessage(BaseModel):
 
 
 class ChatChoice(BaseModel):
+    """One of `n` messages, with the reason why it ended."""
+
     index: int
     message: AnsweredMessage
     logprobs: ChatLogprobs | None
@@ -216,6 +254,8 @@ class ChatChoice(BaseModel):
 
 
 class ChatCompletion(BaseModel):
+    """The answer of `POST /v1/chat/completions`."""
+
     id: str
     object: Literal["chat.completion"] = "chat.completion"
     created: int
@@ -225,16 +265,22 @@ class ChatCompletion(BaseModel):
 
 
 class ToolCallDelta(ToolCall):
+    """A call in a stream, at its place among the calls of the message."""
+
     index: int
 
 
 class Delta(BaseModel):
+    """What a chunk adds to a message."""
+
     role: Literal["assistant"] | None = None
     content: str | None = None
     tool_calls: list[ToolCallDelta] | None = None
 
 
 class ChatChunkChoice(BaseModel):
+    """What a chunk adds to one of `n` messages."""
+
     index: int
     delta: Delta
     logprobs: ChatLogprobs | None = None
@@ -242,6 +288,8 @@ class ChatChunkChoice(BaseModel):
 
 
 class CompletionLogprobs(BaseModel):
+    """Log-probabilities of a text's tokens, in the four lists of the older API."""
+
     tokens: list[str]
     token_logprobs: list[float]
     top_logprobs: list[dict[str, float]]
@@ -249,6 +297,8 @@ class CompletionLogprobs(BaseModel):
 
 
 class CompletionChoice(BaseModel):
+    """One of the texts, with the reason why it ended."""
+
     index: int
     text: str
     logprobs: CompletionLogprobs | None = None
@@ -256,6 +306,8 @@ class CompletionChoice(BaseModel):
 
 
 class TextCompletion(BaseModel):
+    """The answer of `POST /v1/completions`."""
+
     id: str
     object: Literal["text_completion"] = "text_completion"
     created: int
@@ -265,6 +317,8 @@ class TextCompletion(BaseModel):
 
 
 class ModelCard(BaseModel):
+    """A model that can be asked for."""
+
     id: str
     object: Literal["model"] = "model"
     created: int
@@ -273,9 +327,13 @@ class ModelCard(BaseModel):
 
 
 class ModelList(BaseModel):
+    """The answer of `GET /v1/models`."""
+
     object: Literal["list"] = "list"
     data: list[ModelCard]
 
 
 class Status(BaseModel):
+    """What state the server is in."""
+
     status: str

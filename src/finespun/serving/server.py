@@ -15,15 +15,11 @@ from types import FrameType
 
 import uvicorn
 
-from finespun.errors import FinespunError, RecipeError
+from finespun.errors import RecipeError, ServingError
 from finespun.serving.app import create_app
 from finespun.serving.logs import log_to_stderr
 from finespun.serving.service import Service, name_sources
 from finespun.serving.settings import ServerSettings
-
-
-class ServingError(FinespunError):
-    """An address at which the server cannot listen."""
 
 
 def serve(

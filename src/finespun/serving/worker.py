@@ -97,16 +97,22 @@ class EngineThread:
         self._thread.join(CLOSE_SECONDS)
 
     def _run(self) -> None:
+        while not self._closed:
+            with self._engine.running():  # what fails here ends the thread, and `alive` says so
+                try:
+                    self._write()
+                except Exception as error:
+                    log.error("engine failed", exc_info=error, extra={"fields": {"model": self.name}})
+                    self._fail()
+            if not self._closed:
+                self._engine = self.make()
+
+    def _write(self) -> None:
+        """Takes in, steps and gives out, until the end."""
         working = False
         while not self._closed:
             self._take(wait=not working)
-            try:
-                working = self._engine.step()
-            except Exception as error:
-                log.error("engine failed", exc_info=error, extra={"fields": {"model": self.name}})
-                self._fail()
-                self._engine = self.make()
-                working = False
+            working = self._engine.step()
             self._deliver()
 
     def _take(self, wait: bool) -> None:
