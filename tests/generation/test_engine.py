@@ -208,8 +208,7 @@ def test_greedy_tokens_equal_transformers_for(random_model: LoadedModel, count: 
 
 @pytest.mark.skipif(not can_prepack(), reason="this CPU has no bfloat16 products")
 def test_texts_do_not_depend_on_their_company_in_bfloat16(tiny: LoadedModel, encoder: Encoder) -> None:
-    """To the bit: log-probabilities too, whatever was read together, in pieces, or copied from others, for a model of
-    this size."""
+    """To the bit: log-probabilities too, whatever was read together, in pieces, or copied from others."""
     compute_in(tiny.model, torch.bfloat16)
     prompts = random_prompts(40, longest=60)
     prompts += [[*prompts[0][:20], *prompt[:9]] for prompt in prompts[:9]]
@@ -220,6 +219,19 @@ def test_texts_do_not_depend_on_their_company_in_bfloat16(tiny: LoadedModel, enc
         patch.setattr(engine, "SLOTS", 5)
         patch.setattr(engine, "AT_ONCE", 30)
         assert generate(tiny, encoder, prompts, sampling) == alone
+
+
+@pytest.mark.skipif(not can_prepack(), reason="this CPU has no bfloat16 products")
+def test_nor_do_those_of_the_real_model(smollm2_shared: LoadedModel) -> None:
+    """Its products are large enough for oneDNN to take a row alone in another way."""
+    model = compute_in(deepcopy(smollm2_shared.model), torch.bfloat16)
+    loaded = LoadedModel(model, smollm2_shared.tokenizer, smollm2_shared.base_name, smollm2_shared.base_path)
+    encoder = Encoder(loaded.tokenizer)
+    prompts = [encoder.encode_prompt(f"What is a {word}?") for word in ("ferry", "heron", "mill", "small boat", "江雪")]
+    sampling = Sampling(max_new_tokens=20, logprobs=0)
+    assert generate(loaded, encoder, prompts, sampling) == [
+        generate(loaded, encoder, [prompt], sampling)[0] for prompt in prompts
+    ]
 
 
 class Watched:

@@ -21,7 +21,7 @@ class ServerSettings(Section):
     """Origins whose web pages may call the server (https://example.org); none by default."""
     precision: Literal["float32", "bfloat16"] | None = None
     """What models compute in; by default what `finespun generate` computes them in here. In bfloat16 two tokens may be
-    as good as each other, and which one is taken can depend on what else is being written."""
+    as good as each other, and which one is taken can, on a GPU, depend on what else is being written."""
     engine: Literal["finespun", "llama.cpp"] = "finespun"
     """What writes: finespun's own engine, or llama.cpp (pip install 'finespun[llama-cpp]'), which is faster for few
     clients on a CPU and knows fewer settings."""
