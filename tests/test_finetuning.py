@@ -69,6 +69,19 @@ def test_rows_that_are_left_out_trouble_neither_training_nor_samples_nor_the_rep
     assert "7 examples longer than 64 tokens were cut at their beginning" in capsys.readouterr().err
 
 
+def test_a_prompt_with_several_references_is_one_sample(
+    tiny_folder: Path, in_tmp: Path, write_jsonl: Callable[..., Path]
+) -> None:
+    data = write_jsonl(*({"prompt": text, "completion": text} for text in sentences(6)))
+    prompts = ["one", "one", "two", "one", "three"]
+    held = write_jsonl(*({"prompt": p, "completion": f"{p} {n}"} for n, p in enumerate(prompts)), name="held.jsonl")
+    recipe = Recipe.from_keywords(
+        model=str(tiny_folder), out="run", source=[str(data)], validation=[str(held)], max_steps=1, max_new_tokens=2
+    )
+    run = finetuning.finetune(recipe, reporter=Reporter(quiet=True))
+    assert [sample["prompt"] for sample in run.folder.samples()] == ["one", "two", "three"]
+
+
 def test_samples_are_asked_for_with_their_tools(
     tiny_folder: Path, in_tmp: Path, write_jsonl: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
-from itertools import islice
 from math import ceil
 from pathlib import Path
 from typing import Any, NoReturn
@@ -356,16 +355,20 @@ def _speed(objective: CausalLM, examples: Sequence[TokenizedExample], recipe: Tr
 
 
 def _sample_prompts(run: _Prepared) -> list[Sample]:
-    """Prompts for the report: the recipe's own, or the first held-out examples with what stands there."""
+    """Prompts for the report: the recipe's own, or the first of the held-out examples with what stands there; of those
+    that ask the same, one."""
     if run.recipe.samples.prompts:
         return [{"prompt": prompt, "reference": None} for prompt in run.recipe.samples.prompts]
-    # of the examples that the length limit cut, not every prompt leaves room for an answer
-    fitting = (
-        asked._asdict()
-        for asked in (prompt_of(example) for _, example in run.texts.examples(HELD_OUT))
-        if _leaves_room(asked, run)
-    )
-    return list(islice(fitting, run.recipe.samples.count))
+    found: list[Asked] = []
+    for _, example in run.texts.examples(HELD_OUT):
+        if len(found) == run.recipe.samples.count:
+            break
+        asked = prompt_of(example)
+        known = any((other.prompt, other.tools) == (asked.prompt, asked.tools) for other in found)
+        # of the examples that the length limit cut, not every prompt leaves room for an answer
+        if not known and _leaves_room(asked, run):
+            found.append(asked)
+    return [asked._asdict() for asked in found]
 
 
 def _leaves_room(asked: Asked, run: _Prepared) -> bool:

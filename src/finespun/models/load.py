@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import json
+import logging
 import time
 import warnings
 from collections.abc import Generator, Sequence
@@ -113,6 +114,8 @@ def quiet_transformers() -> Generator[None]:
     """Inside, transformers draws no progress bars and says nothing below an error: what matters is said by finespun."""
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
+    # imported by peft where it is installed, it would ask for a package that only downloads a faster kernel
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     transformers_logging.disable_progress_bar()
     try:
         with warnings.catch_warnings():
