@@ -1,10 +1,15 @@
-"""Generation speed beside transformers: same model, same prompts, greedy, one after another in processes of their own.
+"""Generation speed beside its peers: same model, same prompts, greedy, one after another in processes of their own.
 
     python benchmarks/generation_throughput.py --data test.jsonl [--model smollm2-135m] [--prompts 200] [--new-tokens 64]
-        [--contestants "finespun" "transformers, 16" …] [--repeat 1]
+        [--at-once N] [--contestants "finespun" "transformers, 16" …] [--repeat 1]
 
-`--data` is a JSONL file with `prompt`; prompts are drawn at random. `transformers, N` is its `generate` in batches of N
-prompts of similar length, filled up on the left, in the precision that finespun chooses here.
+`--data` is a JSONL file with `prompt`; prompts are drawn at random, and given all at once or, with `--at-once`, N at a
+time. Contestants:
+
+finespun            its engine, in the precision it chooses here
+transformers, N     its `generate` in batches of N prompts of similar length, filled up on the left, in that precision
+llama.cpp engine    what `finespun serve --engine llama.cpp` runs, with a GGUF file at Q8_0
+llama.cpp           the same file in llama.cpp's server, called over HTTP by itself
 
 tokens/s    new tokens, end-of-text tokens not counted, by the time from ids to ids
 same        share of the prompts whose text is the one that finespun wrote
@@ -16,12 +21,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import queue
 import random
 import resource
 import statistics
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +48,13 @@ def one(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from finespun.data.templates import Encoder
-    from finespun.generation.engine import generate
+    from finespun.generation.engine import Completion, generate
     from finespun.generation.settings import Sampling
+    from finespun.models.catalog import locate
     from finespun.models.load import load_model
 
-    loaded = load_model(arguments.model)
+    by_llama_cpp = name.startswith("llama.cpp")
+    loaded = load_model(arguments.model, "float32" if by_llama_cpp else None)
     encoder = Encoder(loaded.tokenizer)
     prompts = prompts_of(arguments, encoder)
     model, new = loaded.causal_lm, arguments.new_tokens
@@ -77,16 +86,56 @@ def one(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
                 found[number] = (encoder.decode(row[:end]), end)
         return [found[number] for number in range(len(part))]
 
-    write = ours if name == "finespun" else theirs
+    at_once = arguments.at_once or len(prompts)
+    if by_llama_cpp:
+        from finespun.serving.llama_cpp import LlamaCpp, gguf_of
+
+        file = gguf_of(loaded, locate(arguments.model).path, "q8_0")
+        slots = min(at_once, 64)
+    if name == "llama.cpp engine":
+        engine = LlamaCpp(file, loaded.context_length, slots)
+    if name == "llama.cpp":
+        import httpx
+        import xllamacpp
+
+        parameters = xllamacpp.CommonParams()
+        parameters.model.path, parameters.port, parameters.verbosity = str(file), 0, 1
+        parameters.n_parallel, parameters.n_ctx = slots, 512 * slots
+        server = xllamacpp.Server(parameters)
+        client = httpx.Client(base_url=server.listening_address, timeout=None)
+
+    def by_engine(part: list[list[int]]) -> list[tuple[str, int]]:
+        ends: list[queue.SimpleQueue[Any]] = [queue.SimpleQueue() for _ in part]
+        for prompt, end in zip(part, ends, strict=True):
+            engine.start(prompt, Sampling(max_new_tokens=new), 0, end.put)
+        return [until_end(end) for end in ends]
+
+    def until_end(end: queue.SimpleQueue[Any]) -> tuple[str, int]:
+        while not isinstance(event := end.get(), Completion):
+            if isinstance(event, Exception):
+                raise event
+        return event.text, event.completion_tokens
+
+    def directly(part: list[list[int]]) -> list[tuple[str, int]]:
+        with ThreadPoolExecutor(len(part)) as pool:
+            return list(pool.map(ask, part))
+
+    def ask(prompt: list[int]) -> tuple[str, int]:
+        body = {"prompt": prompt, "n_predict": new, "temperature": 0}
+        answer = client.post("/completion", json=body).json()
+        return answer["content"], answer["tokens_predicted"] - (answer["stop_type"] == "eos")
+
+    ways = {"finespun": ours, "llama.cpp engine": by_engine, "llama.cpp": directly}
+    write = ways.get(name, theirs)
     write(prompts[:2])  # the first pass of a process is slower
     started = time.perf_counter()
-    found = write(prompts)
+    found = [text for first in range(0, len(prompts), at_once) for text in write(prompts[first : first + at_once])]
     seconds = time.perf_counter() - started
     return {
         "seconds": seconds,
         "tokens": sum(tokens for _, tokens in found),
         "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6,
-        "precision": str(model.dtype).removeprefix("torch."),
+        "precision": "q8_0" if by_llama_cpp else str(model.dtype).removeprefix("torch."),
         "texts": [text for text, _ in found],
     }
 
@@ -97,6 +146,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--at-once", type=int)
     parser.add_argument("--repeat", type=int, default=1)
     parser.add_argument("--contestants", nargs="+", default=["finespun", *(f"transformers, {n}" for n in (16, 32, 64))])
     parser.add_argument("--one", help=argparse.SUPPRESS)
@@ -117,9 +167,10 @@ def main() -> None:
 
 def report(results: dict[str, list[dict[str, Any]]], arguments: argparse.Namespace) -> None:
     ours = results["finespun"]
-    print(f"\n{arguments.model}, {arguments.prompts} prompts of {arguments.data.name}, {ours[0]['precision']}\n")
-    print("| | tokens/s, median (all) | finespun is faster by | same | peak MB |")
-    print("| --- | --- | --- | --- | --- |")
+    together = f", {arguments.at_once} at once" if arguments.at_once else ""
+    print(f"\n{arguments.model}, {arguments.prompts} prompts of {arguments.data.name}{together}\n")
+    print("| | precision | tokens/s, median (all) | finespun is faster by | same | peak MB |")
+    print("| --- | --- | --- | --- | --- | --- |")
     for name, runs in results.items():
         speeds = [run["tokens"] / run["seconds"] for run in runs]
         pairs = zip(ours, speeds, strict=True)
@@ -127,7 +178,9 @@ def report(results: dict[str, list[dict[str, Any]]], arguments: argparse.Namespa
         equal = statistics.mean(a == b for a, b in zip(ours[0]["texts"], runs[0]["texts"], strict=True))
         every = ", ".join(f"{speed:.1f}" for speed in speeds)
         peak = statistics.median(run["peak"] for run in runs)
-        print(f"| {name} | {statistics.median(speeds):.1f} ({every}) | {ratio:.2f}× | {equal:.0%} | {peak:.0f} |")
+        print(
+            f"| {name} | {runs[0]['precision']} | {statistics.median(speeds):.1f} ({every}) | {ratio:.2f}× | {equal:.0%} | {peak:.0f} |"
+        )
 
 
 if __name__ == "__main__":
