@@ -1,4 +1,4 @@
-"""Figures become words: the report of a run, the page of a data check and that of an evaluation, each one HTML file that
+"""Figures become words: the report of a run, the page of a data check, that of an evaluation, each one HTML file that
 needs nothing but a browser, and what a terminal shows of a check, a selection or an evaluation.
 
 A report is made only of what is in its folder. Layouts are in the `.html.j2` files.
@@ -423,15 +423,14 @@ def _evaluation_headline(summary: Mapping[str, Any], rows: Sequence[Mapping[str,
     examples = summary["data"]["examples"]
     if "base" not in summary:
         return f"Measured on {_count(examples)} example{'' if examples == 1 else 's'}"
-    judged = [row["verdict"] for row in rows if row["better"]]
-    counts = Counter(judged)
-    name = summary["base"]["model"]["name"]
-    if not counts["better"] and not counts["worse"]:
-        return f"No difference from {name} shown in any of {len(judged)} metrics"
-    said = [f"{word} in {counts[word]}" for word in ("better", "worse") if counts[word]]
-    unclear = counts["no difference shown"]
-    said += [f"no difference shown in {unclear}"] if unclear else []
-    return f"Compared with {name}, of {len(judged)} metrics: {', '.join(said)}"
+    verdicts = Counter(row["verdict"] for row in rows if row["better"])
+    name, total = summary["base"]["model"]["name"], verdicts.total()
+    better, worse = verdicts["better"], verdicts["worse"]
+    if not better and not worse:
+        return f"No difference from {name} shown in any of {total} metrics"
+    if better and worse:
+        return f"Better than {name} in {better} of {total} metrics, worse in {worse}"
+    return f"{'Better' if better else 'Worse'} than {name} in {better or worse} of {total} metrics"
 
 
 def _ranked_by(metrics: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str, float]]) -> str | None:

@@ -37,7 +37,9 @@ from finespun.evaluation.examples import (
 )
 from finespun.evaluation.kept import Kept, write_all
 from finespun.evaluation.likelihood import bits_per_byte_of, likelihoods, perplexity_of, sequences_to_score
-from finespun.evaluation.metrics import Measured, Metric, metrics_for
+from finespun.evaluation.metrics import Measured, Metric, Novelty, metrics_for
+from finespun.evaluation.metrics.base import tokens
+from finespun.evaluation.metrics.diversity import ends_in_loop
 from finespun.evaluation.outputs import Output, output_line
 from finespun.evaluation.settings import EvaluationData, EvaluationSettings
 from finespun.files import hash_of, write_text
@@ -55,6 +57,9 @@ SUMMARY = "summary.json"
 
 NAMED = 5
 """Examples that a message names."""
+
+COPIED = ("copied-4", "longest-copy")
+"""Metrics that look outputs up in what the run was trained on."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +122,8 @@ def evaluate(
     texts = read_examples(data, recipe.data if recipe else None)
     trained = read_trained(recipe.data if recipe else None, folder.manifest()["data"]["files"] if recipe else {})
     examples, leakage = _examples(texts, trained, settings)
-    task = _Task(examples, settings, sampling, _metrics(examples, texts.plain, settings), reporter)
+    metrics = _metrics(examples, texts.plain, settings, trained, leakage["notes"])
+    task = _Task(examples, settings, sampling, metrics, reporter)
     about = {
         "model": {"name": str(run), "weights": weights},
         "data": {"files": texts.files, "rows": texts.rows, "examples": len(examples)},
@@ -188,8 +194,7 @@ def _examples(
             if left_out
             else "make the scores look better than they are (--exclude-trained leaves them out)"
         )
-        named = ", ".join(seen[:NAMED]) + (", …" if len(seen) > NAMED else "")
-        notes.append(f"{len(seen):,} of {len(texts.examples):,} examples were trained and {done}: {named}")
+        notes.append(f"{len(seen):,} of {len(texts.examples):,} examples were trained and {done}: {_named(seen)}")
     if not examples:
         raise DataError("All examples of the test data were trained, so that nothing is left to evaluate.")
     return examples[: settings.limit], {
@@ -200,18 +205,36 @@ def _examples(
     }
 
 
-def _metrics(examples: Sequence[EvaluationExample], plain: bool, settings: EvaluationSettings) -> list[Metric]:
+def _metrics(
+    examples: Sequence[EvaluationExample],
+    plain: bool,
+    settings: EvaluationSettings,
+    trained: Trained,
+    notes: list[str],
+) -> list[Metric]:
     """What is measured on the outputs. Raises `DataError` for a metric that needs references which are not there."""
     bare = [str(example.origin) for example in examples if not example.references]
+    if bare and len(bare) < len(examples) and settings.metrics is None:
+        notes.append(
+            f"{len(bare):,} of {len(examples):,} examples have no reference ({_named(bare)}), so that nothing is "
+            "compared with references."
+        )
+    names = settings.metrics
+    wanted = [name for name in names or COPIED if name in COPIED]
+    if names is not None:
+        names = [name for name in names if name not in COPIED]
     # how a text happens to go on is no reference by which other ways could be judged, unless somebody asks for that
-    has_references = not bare and (settings.metrics is not None or not plain)
-    metrics = metrics_for(settings.language, settings.metrics, has_references)
+    metrics = metrics_for(settings.language, names, names is not None or not (bare or plain))
     needing = [metric.name for metric in metrics if metric.needs_references]
     if needing and bare:
         raise DataError(
-            f"{', '.join(needing)}: needs references, which {len(bare):,} of {len(examples):,} examples have not: "
-            f"{', '.join(bare[:NAMED])}{', …' if len(bare) > NAMED else ''}. Add them, or choose other --metrics."
+            f"{', '.join(needing)}: needs references, and {len(bare):,} of {len(examples):,} examples have none: "
+            f"{_named(bare)}. Give each a reference, or choose other --metrics."
         )
+    if wanted and trained.texts:
+        metrics += [metric for metric in Novelty(trained.answers()).metrics if metric.name in wanted]
+    elif wanted and settings.metrics is not None:
+        raise DataError(f"{', '.join(wanted)}: cannot be measured, for {trained.missing}.")
     return metrics
 
 
@@ -306,8 +329,8 @@ def _measure(task: _Task, loaded: LoadedModel, encoder: Encoder, weights: str) -
     ]
     scores = _likelihood(task, loaded, encoder, sequences, computed_by)
     for metric in task.metrics:
-        task.reporter.say(f"Measuring {metric.name}")
-        scores.append(Score(metric.name, metric.better, metric.signature, metric.measure(outputs)))
+        measured = metric.measure(outputs)  # a signature is complete behind that
+        scores.append(Score(metric.name, metric.better, metric.signature, measured))
     return outputs, scores
 
 
@@ -416,13 +439,23 @@ def _summary(
 
 def _notes(outputs: Sequence[Output]) -> list[str]:
     """What is striking about the outputs themselves."""
-    notes = []
-    if empty := [output.origin for output in outputs if not output.text.strip()]:
-        notes.append(f"{len(empty):,} of {len(outputs):,} outputs are empty: {', '.join(empty[:NAMED])}")
-    cut = sum(output.finish_reason == "length" for output in outputs)
-    if cut:
-        notes.append(f"{cut:,} of {len(outputs):,} outputs did not end by themselves and were cut")
-    return notes
+    found = {
+        "are empty": [output.origin for output in outputs if not output.text.strip()],
+        "did not end by themselves and were cut": [
+            output.origin for output in outputs if output.finish_reason == "length"
+        ],
+        "end in a loop": [output.origin for output in outputs if ends_in_loop(tokens(output.text))],
+    }
+    return [
+        f"{len(origins):,} of {len(outputs):,} outputs {what}: {_named(origins)}"
+        for what, origins in found.items()
+        if origins
+    ]
+
+
+def _named(origins: Sequence[str]) -> str:
+    """The first of `origins`."""
+    return ", ".join(origins[:NAMED]) + (", …" if len(origins) > NAMED else "")
 
 
 def _differences(scores: Sequence[Score], base: Sequence[Score], examples: int) -> list[dict[str, Any]]:
