@@ -30,7 +30,11 @@ from finespun.training.objectives.causal_lm import CausalLM
 
 HERE = Origin("test.jsonl", 1)
 
-PROMPTS = [("the old mill", " and the heron said nothing."), ("江雪", "千山鸟飞绝，万径人踪灭。"), ("a", "the river, é")]
+PROMPTS = [
+    ("the old mill", " and the heron said nothing."),
+    ("江雪", "千山鸟飞绝，万径人踪灭。"),
+    ("a", "the river, é"),
+]
 
 
 @pytest.fixture(autouse=True)

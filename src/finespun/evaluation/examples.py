@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from finespun.data.formats import (
@@ -28,6 +29,7 @@ from finespun.data.sources import (
     MemoryRows,
     Source,
     absolute,
+    builtin_sets,
     open_sources,
     raise_all,
     read_standard_input,
@@ -37,7 +39,10 @@ from finespun.data.split import content_hash
 from finespun.data.texts import TRAIN, Texts, read_texts
 from finespun.errors import DataError
 from finespun.evaluation.settings import EvaluationData
-from finespun.recipe import DataRecipe
+from finespun.recipe import DataRecipe, TemplateRecipe
+
+LONGEST_TITLE = 80
+"""Characters of a first line that a plain text is prompted with, such as the title of a poem."""
 
 
 @dataclass
@@ -106,6 +111,9 @@ def _sources(data: EvaluationData | Items, trained: DataRecipe | None) -> tuple[
         recipe = recipe.model_copy(update={"format": data.format, "columns": data.columns, "template": data.template})
     if not data.source:
         raise DataError("There is no test data: give --data FILE.")
+    if (known := builtin_sets().get(data.source[0])) and not Path(data.source[0]).exists():
+        recipe = recipe.model_copy(update={"template": TemplateRecipe(**known.template)})
+        return open_sources([str(known.validation)]), recipe
     encoding, documents = data.encoding or recipe.encoding, data.documents or recipe.documents
     if data.source == ["-"]:
         return [Source("-", [MemoryRows(read_standard_input(documents, encoding), "standard input")])], recipe
@@ -185,7 +193,11 @@ class _Reader:
                     f"is {shape_of(example)} data. To evaluate on its good answers, make prompt and completion of its "
                     "columns with --data.template.",
                 )
-        self.plain = self.plain or isinstance(example, TextExample)
+        if isinstance(example, TextExample):
+            self.plain = True
+            first, line_end, rest = example.text.partition("\n")
+            if rest.strip() and len(first) <= LONGEST_TITLE:
+                return first + line_end, [rest], None, example
         asked = prompt_of(example)
         return asked.prompt, [asked.reference], asked.tools, example
 
