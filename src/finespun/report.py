@@ -354,6 +354,7 @@ def write_evaluation(folder: Path) -> None:
     scores = [line["scores"] for line in read_lines(folder / "scores.jsonl")]
     of_base = read_outputs(folder / "base" / "outputs.jsonl") if "base" in summary else None
     ranked_by = _ranked_by(summary["metrics"], scores)
+    better = next((metric["better"] for metric in summary["metrics"] if metric["name"] == ranked_by), None)
     rows = evaluation_rows(summary)
     view = {
         "name": folder.absolute().name,
@@ -364,7 +365,7 @@ def write_evaluation(folder: Path) -> None:
         "main": [row for row in rows if row["name"] in (ranked_by, "perplexity", "bits per byte")],
         "histograms": _score_histograms(summary["metrics"], scores),
         "ranked_by": ranked_by,
-        "groups": _best_and_worst(outputs, of_base, scores, ranked_by, summary),
+        "groups": _best_and_worst(outputs, of_base, scores, ranked_by, better),
         "files": _named(summary["data"]["files"]),
         "version": version("finespun"),
     }
@@ -444,14 +445,13 @@ def _best_and_worst(
     of_base: Sequence[Output] | None,
     scores: Sequence[Mapping[str, float]],
     ranked_by: str | None,
-    summary: Mapping[str, Any],
+    better: str | None,
     count: int = 5,
 ) -> list[dict[str, Any]]:
     """The examples that the page shows, in groups."""
     order = list(range(len(outputs)))
     groups = [("Examples", order[: 2 * count])]
     if ranked_by and len(order) > count:
-        better = {metric["name"]: metric["better"] for metric in summary["metrics"]}[ranked_by]
         order.sort(key=lambda index: scores[index][ranked_by], reverse=better == "higher")
         best = order[: min(count, len(order) // 2)]
         worst = order[: -len(best) - 1 : -1]
@@ -468,7 +468,11 @@ def _best_and_worst(
                     "turns": [{"role": "", "content": prompt}] if isinstance(prompt, str) else prompt,
                     "output": output,
                     "base": of_base[index] if of_base else None,
-                    "scores": [(name, _figure(value)) for name, value in scores[index].items()],
+                    "scores": [
+                        (name, _figure(scores[index][name]))
+                        for name in scores[index]
+                        if name in (ranked_by, "perplexity", "bits per byte")
+                    ],
                 }
             )
         shown.append({"title": title, "samples": samples})

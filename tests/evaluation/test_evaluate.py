@@ -234,6 +234,12 @@ def test_rows_that_were_trained_are_named_and_left_out_on_request(run: Path, wri
     folder = evaluate(run, in_file(file), sampling=SHORT)
     assert [origin.endswith("mixed.jsonl, row 2") for origin in summary_of(folder)["leakage"]["trained"]] == [True]
     assert "1 of 3 examples were trained" in summary_of(folder)["notes"][0]
+    other = [seen | {"answer": "another"}, {"ask": seen["ask"] + " "}]
+    asked = evaluate(run, other, sampling=SHORT, name="asked")
+    assert summary_of(asked)["leakage"]["trained"] == []
+    assert "1 of 2 prompts were trained with other answers" in summary_of(asked)["notes"][0]
+    bare = evaluate(run, [{"ask": seen["ask"]}], sampling=SHORT, name="bare")
+    assert summary_of(bare)["leakage"]["trained"] == ["data, row 1"]
     left = evaluate(run, in_file(file), EvaluationSettings(exclude_trained=True), SHORT, name="clean")
     assert [output.prompt for output in read_outputs(left / "outputs.jsonl")] == [row["ask"] for row in TEST[:2]]
     with pytest.raises(DataError, match="All examples of the test data were trained"):
