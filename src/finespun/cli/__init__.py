@@ -31,6 +31,7 @@ app = App(
 app.command("finespun.cli.train:train", help="Fine-tune a model on texts.")
 app.command("finespun.cli.generate:generate", help="Write with a model.")
 app.command("finespun.cli.chat:chat", help="Talk with a model.")
+app.command("finespun.cli.evaluate:evaluate", help="Measure how good what a model writes is.")
 app.command("finespun.cli.export:export", help="Write a trained model for other programs.")
 app.command("finespun.cli.serve:serve", help="Serve models to programs that speak OpenAI's API.")
 app.command("finespun.cli.data:app", name="data", help="Look at data before a run: check, show, select.")

@@ -132,7 +132,9 @@ class _Reader:
         """What `row` is, once for each reference it has."""
         columns = row.columns
         if "references" in columns:
-            prompt = next((columns[name] for name in (self._prompt_column, "prompt", "messages") if name in columns), None)
+            prompt = next(
+                (columns[name] for name in (self._prompt_column, "prompt", "messages") if name in columns), None
+            )
             yield from self._listed(prompt, columns, row.origin)
         elif not self._templated and (prompt := self._unanswered(columns)) is not None:
             yield from self._without_answer(prompt, columns, row.origin)

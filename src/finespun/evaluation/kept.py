@@ -29,6 +29,7 @@ class Kept:
             self._file.parent.mkdir(parents=True, exist_ok=True)
             forget_old(self._file.parent)
             return
+        self._file.touch()  # what is used is not forgotten
         text = self._file.read_text(encoding="utf-8", errors="replace")
         if text and not text.endswith("\n"):
             append_line(self._file, "")
@@ -68,7 +69,9 @@ def write_all(
 
     def keep(key: str, completion: Completion) -> None:
         nonlocal done
-        kept.add(key, [completion.text, completion.finish_reason, completion.prompt_tokens, completion.completion_tokens])
+        kept.add(
+            key, [completion.text, completion.finish_reason, completion.prompt_tokens, completion.completion_tokens]
+        )
         done += 1
         on_done(done)
 
