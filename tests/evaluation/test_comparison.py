@@ -149,7 +149,7 @@ def test_intervals_of_a_difference_cover_the_truth_in_93_to_97_percent() -> None
     for trial in range(TRIALS):
         hard = random.normal(0, 3, 40)
         both = Mean(np.concatenate([hard + random.gamma(2, 1, 40), hard + random.gamma(3, 1, 40)]))
-        found = _resample(_Joint(both, 2, 40).values, 40, trial, 2 * AGAIN).interval(np.array([-1.0, 1.0]))
+        found = _resample(_Joint(both, 2, 40), trial, 2 * AGAIN).interval(np.array([-1.0, 1.0]))
         hits += found.low <= 1 <= found.high
     assert 0.93 <= hits / TRIALS <= 0.97
 
@@ -204,7 +204,32 @@ def test_the_jackknife_is_that_of_a_mean_where_the_error_is_known() -> None:
 def test_one_example_says_nothing_of_others() -> None:
     assert interval(Mean(np.array([3.0]))) == replace(interval(Mean(np.array([3.0]))), low=-math.inf, high=math.inf)
     (found,) = compare({"a": outputs_of([1]), "b": outputs_of([9])}, [number()]).differences
-    assert (found.p_randomization, found.p_bootstrap, found.shown) == (1.0, None, False)
+    assert (found.p_randomization, found.p_resampled, found.shown) == (1.0, 1.0, False)
+
+
+def test_the_jackknifes_p_value_is_that_of_students_test() -> None:
+    random = np.random.default_rng(10)
+    one, two = random.normal(0, 1, 40), random.normal(0.4, 1, 40)
+
+    @dataclass
+    class Whole:
+        """A mean that gives no scores of single examples, and says that it takes long."""
+
+        scores: NDArray[np.float64]
+        per_example: None = None
+        slow: bool = True
+
+        def value(self, draw: NDArray[np.intp]) -> float:
+            return float(self.scores[draw].mean())
+
+    whole = Own(lambda outputs: Whole(np.array([float(output.text) for output in outputs])))
+    (found,) = compare({"a": outputs_of(one), "b": outputs_of(two)}, [whole]).differences
+    theirs = stats.ttest_rel(two, one)
+    low, high = theirs.confidence_interval()
+    assert found.p_resampled == pytest.approx(theirs.pvalue, rel=0.01)
+    assert (found.value.low, found.value.high) == (pytest.approx(low, rel=1e-3), pytest.approx(high, rel=1e-3))
+    assert found.p_randomization is None
+    assert found.p_corrected == found.p_resampled
 
 
 def test_a_seed_gives_the_same_interval_again() -> None:
@@ -222,7 +247,7 @@ def test_p_values_are_uniform_where_nothing_differs() -> None:
         one, two = random.normal(0, 1, (2, 30)) + random.normal(0, 2, 30)
         (found,) = compare({"a": outputs_of(one), "b": outputs_of(two)}, [number()], trial, 250).differences
         randomization.append(found.p_randomization)
-        bootstrap.append(found.p_bootstrap)
+        bootstrap.append(found.p_resampled)
     assert stats.kstest(randomization, "uniform").pvalue > 0.05
     assert np.mean(np.array(randomization) <= 0.05) <= 0.05 + 2 * math.sqrt(0.05 * 0.95 / 250)
     assert stats.spearmanr(randomization, bootstrap).statistic > 0.95
@@ -262,7 +287,7 @@ def test_a_system_beside_itself_is_no_difference() -> None:
     texts = np.random.default_rng(0).normal(0, 1, 50)
     (found,) = compare({"a": outputs_of(texts), "b": outputs_of(texts)}, [number()]).differences
     assert (found.value.value, found.value.low, found.value.high) == (0, 0, 0)
-    assert found.p_bootstrap == found.p_randomization == 1
+    assert found.p_resampled == found.p_randomization == 1
     assert not found.shown
     assert found.ahead is None
 
@@ -284,8 +309,8 @@ def test_bleu_is_judged_as_sacrebleu_judges_it(noise: float) -> None:
     p = theirs["ar"][1].p_value
     assert found.p_randomization == pytest.approx(p, abs=4 * math.sqrt(2 * p * (1 - p) / 3000))
     # sacrebleu's bootstrap counts draws on one side only, of differences without their signs
-    assert found.p_bootstrap >= theirs["bs"][1].p_value - 0.02
-    assert found.p_bootstrap == pytest.approx(found.p_randomization, abs=0.03)
+    assert found.p_resampled >= theirs["bs"][1].p_value - 0.02
+    assert found.p_resampled == pytest.approx(found.p_randomization, abs=0.03)
 
 
 def test_intervals_of_bleu_are_as_wide_as_sacrebleus() -> None:

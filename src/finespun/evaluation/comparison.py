@@ -31,7 +31,7 @@ Better = Literal["higher", "lower"] | None
 SIGNIFICANCE = 0.05
 """A difference is called shown where its corrected p-value is at most this."""
 
-GROUPS = 200
+PARTS = 50
 """In so many parts at most does a jackknife leave examples out."""
 
 Draw = NDArray[np.intp]
@@ -42,9 +42,9 @@ def interval(measured: Measured, seed: int = 0, examples: int | None = None, res
     """A system's score with its 95 % interval: what other examples of the same kind would have given.
 
     It is the percentile bootstrap's (Efron & Tibshirani 1993), widened for few examples as a t interval is (Hesterberg
-    2015, "What Teachers Should Know About the Bootstrap", section 3.4). A score that is another one when each example
-    stands there twice, such as the share of distinct n-grams, cannot be drawn with replacement: its interval is the
-    jackknife's, which is rather too wide. One example gives an interval without bounds: it says nothing of others.
+    2015, "What Teachers Should Know About the Bootstrap", section 3.4). A score of a collection, such as the share of
+    distinct n-grams, changes where an example is drawn twice: its interval is the jackknife's, rather too wide a one.
+    One example gives an interval without bounds: it says nothing of others.
 
     `examples` is their number, to be given where `measured` has no scores of single ones.
     """
@@ -52,7 +52,7 @@ def interval(measured: Measured, seed: int = 0, examples: int | None = None, res
         if measured.per_example is None:
             raise ValueError("the number of examples has to be given where they have no scores of their own")
         examples = len(measured.per_example)
-    return _resample(lambda draw: np.array([measured.value(draw)]), examples, seed, resamples).interval(np.ones(1))
+    return _resample(_Joint(measured, 1, examples), seed, resamples).interval(np.ones(1))
 
 
 @dataclass(frozen=True)
@@ -92,9 +92,10 @@ class Scores:
 class Difference:
     """By how much the score of `second` exceeds that of `first`, which are places among the systems.
 
-    `p_bootstrap` and `p_randomization` are of this comparison alone (the first is None where examples cannot be drawn
-    twice); `p_corrected` is the latter, corrected by Holm's method for all that were made at once. `wins` are the
-    second system's, by example; where neither direction is better, the examples on which its score is higher.
+    `p_resampled`, of the bootstrap or the jackknife, and `p_randomization`, None where it would take hours, are of this
+    comparison alone; `p_corrected` is the latter, else the former, corrected for all comparisons that were made at
+    once. `wins` are the second system's, by example; where neither direction is better, the examples on which its
+    score is higher.
     """
 
     metric: str
@@ -102,8 +103,8 @@ class Difference:
     first: int
     second: int
     value: Interval
-    p_bootstrap: float | None
-    p_randomization: float
+    p_resampled: float
+    p_randomization: float | None
     p_corrected: float
     wins: Wins | None
 
@@ -169,19 +170,16 @@ def compare(
     for done, metric in enumerate(metrics):
         on_metric(done, len(metrics))
         joint = _Joint(metric.measure([output for each in outputs for output in each]), len(outputs), len(outputs[0]))
-        resampled = _resample(joint.values, joint.examples, seed, resamples)
+        resampled = _resample(joint, seed, resamples)
         if not (np.isfinite(resampled.values).all() and np.isfinite(resampled.again).all()):
             raise DataError(f"{metric.name}: is no number for some of these outputs. Leave it out with --metrics.")
         intervals = tuple(resampled.interval(row) for row in np.eye(len(outputs)))
         scores.append(Scores(metric.name, metric.better, metric.signature, intervals, joint.per_example))
-        found += [
-            _difference(
-                metric, joint, resampled, pair, _differing(*(outputs[place] for place in pair)), seed, resamples
-            )
-            for pair in combinations(range(len(outputs)), 2)
-        ]
+        for pair in combinations(range(len(outputs)), 2):
+            differing = _differing(outputs, joint, pair)
+            found.append(_difference(metric, joint, resampled, pair, differing, seed, resamples))
     on_metric(len(metrics), len(metrics))
-    corrected = holm([difference.p_randomization for difference in found])
+    corrected = holm([difference.p_corrected for difference in found])
     differences = tuple(replace(difference, p_corrected=p) for difference, p in zip(found, corrected, strict=True))
     return Comparison(systems, tuple(scores), differences, seed, resamples)
 
@@ -252,14 +250,16 @@ class _Resampled:
         low, high = np.quantile(again, (tail, 1 - tail))
         return Interval(value, float(low), float(high))
 
-    def p_value(self, weights: NDArray[np.float64]) -> float | None:
+    def p_value(self, weights: NDArray[np.float64]) -> float:
         """Of the weighted sum's being 0: how often draws, moved so that their mean is 0, are as far from it, on either
-        side, as what was measured (Riezler & Maxwell 2005, figure 2). None where examples cannot be drawn twice, or
-        there is but one."""
-        if not self.replaced or self.examples == 1:
-            return None
-        again = self.again @ weights
-        return _p_value(again - again.mean(), float(weights @ self.values))
+        side, as what was measured (Riezler & Maxwell 2005, figure 2); of a collection's score by Student's t test."""
+        if self.examples == 1:
+            return 1.0
+        value, again = float(weights @ self.values), self.again @ weights
+        if self.replaced:
+            return _p_value(again - again.mean(), value)
+        error = self._jackknife_error(again)
+        return _t_test(value / error, len(again) - 1) if error else float(value == 0)
 
     @staticmethod
     def _jackknife_error(again: NDArray[np.float64]) -> float:
@@ -268,15 +268,16 @@ class _Resampled:
         return math.sqrt((parts - 1) / parts * float(((again - again.mean()) ** 2).sum()))
 
 
-def _resample(statistic: Callable[[Draw], NDArray[np.float64]], examples: int, seed: int, resamples: int) -> _Resampled:
-    """`statistic` gives the systems' scores, `[systems]`, on the examples of a draw: the same ones for all of them."""
-    everything = np.arange(examples)
-    values = statistic(everything)
-    if examples == 1:
-        return _Resampled(values, values[None], examples, True)
-    replaced = np.allclose(statistic(np.repeat(everything, 2)), values, rtol=1e-9, atol=1e-12)
-    choices = _draws(examples, seed, resamples) if replaced else _parts_left_out(examples, seed)
-    return _Resampled(values, np.array([statistic(draw) for draw in choices]), examples, replaced)
+def _resample(joint: _Joint, seed: int, resamples: int) -> _Resampled:
+    """The same choices of examples for all systems."""
+    everything = np.arange(joint.examples)
+    values = joint.values(everything)
+    if joint.examples == 1:
+        return _Resampled(values, values[None], 1, False)
+    twice = joint.per_example is not None and joint.values(np.repeat(everything, 2))
+    replaced = twice is not False and np.allclose(twice, values, rtol=1e-9, atol=1e-12)
+    choices = _draws(joint.examples, seed, resamples) if replaced else _parts_left_out(joint.examples, seed)
+    return _Resampled(values, np.array([joint.values(draw) for draw in choices]), joint.examples, replaced)
 
 
 def _draws(examples: int, seed: int, resamples: int) -> Iterator[Draw]:
@@ -285,16 +286,19 @@ def _draws(examples: int, seed: int, resamples: int) -> Iterator[Draw]:
 
 
 def _parts_left_out(examples: int, seed: int) -> Iterator[Draw]:
-    """All examples but those of one part, for each of up to `GROUPS` parts of one size."""
+    """All examples but those of one part, for each of up to `PARTS` parts of one size."""
     order = np.random.default_rng(seed).permutation(examples)
-    parts = min(examples, GROUPS)
+    parts = min(examples, PARTS)
     return (np.delete(order, np.s_[part::parts]) for part in range(parts))
 
 
-def _differing(first: Sequence[Output], second: Sequence[Output]) -> Draw:
-    """The examples for which two systems did not write the same."""
-    written = [[(output.text, output.finish_reason, output.tokens) for output in each] for each in (first, second)]
-    return np.flatnonzero([one != two for one, two in zip(*written, strict=True)])
+def _differing(outputs: Sequence[Sequence[Output]], joint: _Joint, pair: tuple[int, int]) -> Draw:
+    """The examples for which two systems did not write the same, or do not score the same."""
+    first, second = (outputs[place] for place in pair)
+    differ = np.array([a.text != b.text or a.tokens != b.tokens for a, b in zip(first, second, strict=True)])
+    if joint.per_example is not None:
+        differ |= joint.per_example[pair[0]] != joint.per_example[pair[1]]
+    return np.flatnonzero(differ)
 
 
 def _difference(
@@ -309,15 +313,17 @@ def _difference(
     """Of two systems, not yet corrected for others being compared too."""
     weights = np.zeros(len(resampled.values))
     weights[list(pair)] = -1, 1
-    p_randomization = _randomization(joint, pair, differing, seed, trials)
+    p_resampled = resampled.p_value(weights)
+    slow = getattr(joint.measured, "slow", False)
+    p_randomization = None if slow else _randomization(joint, pair, differing, seed, trials)
     return Difference(
         metric.name,
         metric.better,
         *pair,
         resampled.interval(weights),
-        resampled.p_value(weights),
+        p_resampled,
         p_randomization,
-        p_randomization,
+        p_resampled if p_randomization is None else p_randomization,
         _wins(joint.per_example, pair, metric.better),
     )
 
@@ -364,6 +370,12 @@ def _p_value(under_null: NDArray[np.float64], measured: float) -> float:
 def _as_far(differences: NDArray[np.float64], measured: float) -> int:
     """How many are at least as far from 0; sums of the same numbers in another order count as equal."""
     return int((np.abs(differences) >= abs(measured) * (1 - 1e-9) - 1e-12).sum())
+
+
+def _t_test(statistic: float, degrees: int) -> float:
+    """Two-sided p-value of Student's t (Wallace 1959; two digits)."""
+    z = (8 * degrees + 1) / (8 * degrees + 3) * math.sqrt(degrees * math.log1p(statistic**2 / degrees))
+    return 2 * NormalDist().cdf(-z)
 
 
 def _t_quantile(degrees: int) -> float:
