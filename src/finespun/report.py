@@ -1,4 +1,4 @@
-"""Figures become words: the report of a run, the page of a data check and that of an evaluation, each one HTML file that
+"""Figures become words: the report of a run, the page of a data check, that of an evaluation, each one HTML file that
 needs nothing but a browser, and what a terminal shows of a check, a selection or an evaluation.
 
 A report is made only of what is in its folder. Layouts are in the `.html.j2` files.
@@ -354,6 +354,7 @@ def write_evaluation(folder: Path) -> None:
     scores = [line["scores"] for line in read_lines(folder / "scores.jsonl")]
     of_base = read_outputs(folder / "base" / "outputs.jsonl") if "base" in summary else None
     ranked_by = _ranked_by(summary["metrics"], scores)
+    better = next((metric["better"] for metric in summary["metrics"] if metric["name"] == ranked_by), None)
     rows = evaluation_rows(summary)
     view = {
         "name": folder.absolute().name,
@@ -364,7 +365,7 @@ def write_evaluation(folder: Path) -> None:
         "main": [row for row in rows if row["name"] in (ranked_by, "perplexity", "bits per byte")],
         "histograms": _score_histograms(summary["metrics"], scores),
         "ranked_by": ranked_by,
-        "groups": _best_and_worst(outputs, of_base, scores, ranked_by, summary),
+        "groups": _best_and_worst(outputs, of_base, scores, ranked_by, better),
         "files": _named(summary["data"]["files"]),
         "version": version("finespun"),
     }
@@ -423,15 +424,14 @@ def _evaluation_headline(summary: Mapping[str, Any], rows: Sequence[Mapping[str,
     examples = summary["data"]["examples"]
     if "base" not in summary:
         return f"Measured on {_count(examples)} example{'' if examples == 1 else 's'}"
-    judged = [row["verdict"] for row in rows if row["better"]]
-    counts = Counter(judged)
-    name = summary["base"]["model"]["name"]
-    if not counts["better"] and not counts["worse"]:
-        return f"No difference from {name} shown in any of {len(judged)} metrics"
-    said = [f"{word} in {counts[word]}" for word in ("better", "worse") if counts[word]]
-    unclear = counts["no difference shown"]
-    said += [f"no difference shown in {unclear}"] if unclear else []
-    return f"Compared with {name}, of {len(judged)} metrics: {', '.join(said)}"
+    verdicts = Counter(row["verdict"] for row in rows if row["better"])
+    name, total = summary["base"]["model"]["name"], verdicts.total()
+    better, worse = verdicts["better"], verdicts["worse"]
+    if not better and not worse:
+        return f"No difference from {name} shown in any of {total} metrics"
+    if better and worse:
+        return f"Better than {name} in {better} of {total} metrics, worse in {worse}"
+    return f"{'Better' if better else 'Worse'} than {name} in {better or worse} of {total} metrics"
 
 
 def _ranked_by(metrics: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str, float]]) -> str | None:
@@ -445,14 +445,13 @@ def _best_and_worst(
     of_base: Sequence[Output] | None,
     scores: Sequence[Mapping[str, float]],
     ranked_by: str | None,
-    summary: Mapping[str, Any],
+    better: str | None,
     count: int = 5,
 ) -> list[dict[str, Any]]:
     """The examples that the page shows, in groups."""
     order = list(range(len(outputs)))
     groups = [("Examples", order[: 2 * count])]
     if ranked_by and len(order) > count:
-        better = {metric["name"]: metric["better"] for metric in summary["metrics"]}[ranked_by]
         order.sort(key=lambda index: scores[index][ranked_by], reverse=better == "higher")
         best = order[: min(count, len(order) // 2)]
         worst = order[: -len(best) - 1 : -1]
@@ -469,7 +468,11 @@ def _best_and_worst(
                     "turns": [{"role": "", "content": prompt}] if isinstance(prompt, str) else prompt,
                     "output": output,
                     "base": of_base[index] if of_base else None,
-                    "scores": [(name, _figure(value)) for name, value in scores[index].items()],
+                    "scores": [
+                        (name, _figure(scores[index][name]))
+                        for name in scores[index]
+                        if name in (ranked_by, "perplexity", "bits per byte")
+                    ],
                 }
             )
         shown.append({"title": title, "samples": samples})

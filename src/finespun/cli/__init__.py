@@ -9,6 +9,7 @@ from cyclopts import App, CycloptsError, Parameter, UnknownOptionError
 from pydantic import ValidationError
 
 from finespun.errors import FinespunError, TrainingInterrupted
+from finespun.evaluation.settings import EvaluationSettings
 from finespun.generation.settings import Sampling
 from finespun.recipe import explain, known_keys, nearest
 from finespun.serving.settings import ServerSettings
@@ -16,7 +17,12 @@ from finespun.serving.settings import ServerSettings
 INTERRUPTED = 130
 """Exit code of a run that was asked to stop, as shells give it for Ctrl-C."""
 
-KEYS = [*known_keys(), *Sampling.model_fields, *ServerSettings.model_fields]
+KEYS = [
+    *known_keys(),
+    *Sampling.model_fields,
+    *ServerSettings.model_fields,
+    *EvaluationSettings.model_fields,
+]
 """All that options can set."""
 
 app = App(

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
 
 from finespun.data.sources import Items, raise_all
 from finespun.data.templates import Encoder, TokenizedExample
@@ -33,19 +34,26 @@ from finespun.evaluation.examples import (
     Trained,
     read_examples,
     read_trained,
-    without,
 )
 from finespun.evaluation.kept import Kept, write_all
-from finespun.evaluation.likelihood import bits_per_byte_of, likelihoods, perplexity_of, sequences_to_score
-from finespun.evaluation.metrics import Measured, Metric, metrics_for
+from finespun.evaluation.likelihood import (
+    TextLikelihood,
+    bits_per_byte_of,
+    likelihoods,
+    perplexity_of,
+    sequences_to_score,
+)
+from finespun.evaluation.metrics import Measured, Metric, Novelty, metrics_for
+from finespun.evaluation.metrics.base import tokens
+from finespun.evaluation.metrics.diversity import ends_in_loop
 from finespun.evaluation.outputs import Output, output_line
 from finespun.evaluation.settings import EvaluationData, EvaluationSettings
 from finespun.files import hash_of, write_text
 from finespun.generation.engine import room_behind
 from finespun.generation.settings import Sampling
 from finespun.models.catalog import locate, weights_sha256
-from finespun.models.load import LoadedModel, Precision, convert_packaged, grow_vocabulary, load_model
-from finespun.recipe import Recipe
+from finespun.models.load import LoadedModel, convert_packaged, grow_vocabulary, load_model
+from finespun.recipe import Recipe, TrainOn
 from finespun.report import write_evaluation
 from finespun.runs import RunFolder
 from finespun.training.objectives.causal_lm import CausalLM
@@ -55,6 +63,9 @@ SUMMARY = "summary.json"
 
 NAMED = 5
 """Examples that a message names."""
+
+COPIED = ("copied-4", "longest-copy")
+"""Metrics that look outputs up in what the run was trained on."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +98,19 @@ class _Task:
     settings: EvaluationSettings
     sampling: Sampling
     metrics: Sequence[Metric]
+    train_on: TrainOn
     reporter: Reporter
+
+
+@dataclass(frozen=True)
+class _System:
+    """What was found of one model."""
+
+    outputs: list[Output]
+    likelihoods: list[TextLikelihood]
+    scores: list[Score]
+    summary: dict[str, Any]
+    tokenizer: PreTrainedTokenizerBase
 
 
 def evaluate(
@@ -116,8 +139,9 @@ def evaluate(
     target = _target(folder if recipe else None, data, name, out)
     texts = read_examples(data, recipe.data if recipe else None)
     trained = read_trained(recipe.data if recipe else None, folder.manifest()["data"]["files"] if recipe else {})
-    examples, leakage = _examples(texts, trained, settings)
-    task = _Task(examples, settings, sampling, _metrics(examples, texts.plain, settings), reporter)
+    examples, leakage, notes = _examples(texts, trained, settings)
+    metrics = _metrics(examples, texts.plain, settings, trained, notes)
+    task = _Task(examples, settings, sampling, metrics, recipe.data.train_on if recipe else "all", reporter)
     about = {
         "model": {"name": str(run), "weights": weights},
         "data": {"files": texts.files, "rows": texts.rows, "examples": len(examples)},
@@ -125,32 +149,23 @@ def evaluate(
     }
     _check_folder(target, about)
     base = base or (target / "base" / SUMMARY).is_file()
-    base_name = _base_name(str(run), recipe) if base else None
+    below = _base_name(str(run), recipe) if base else None
     reporter.say(f"{texts.rows:,} rows of test data, {len(examples):,} examples")
-    for line in leakage["notes"]:
+    for line in notes:
         reporter.say(line)
-
-    loaded = load_model(str(run))
-    about["model"] |= _described(loaded)
-    outputs, scores = _measure(task, loaded, _encoder(loaded, recipe), weights)
-    summary = _summary(about, outputs, scores, leakage)
-    if base_name:
-        dtype: Any = str(loaded.causal_lm.dtype).removeprefix("torch.")
-        tokenizer = loaded.tokenizer
-        del loaded  # two models may be too much for the memory
-        below = _base(base_name, dtype, tokenizer)
-        weights = _weights(base_name)
-        of_base = {**about, "model": {"name": base_name, "weights": weights} | _described(below)}
-        reporter.say(f"The same with {base_name}, which the run was trained from")
-        base_outputs, base_scores = _measure(task, below, _encoder(below, recipe), weights)
-        base_summary = _summary(of_base, base_outputs, base_scores, {"notes": []})
-        _write(target / "base", base_outputs, base_scores, base_summary)
+    system = _evaluated(task, about, load_model(str(run)))
+    summary = system.summary | {"leakage": leakage, "notes": [*notes, *system.summary["notes"]]}
+    if below:
+        reporter.say(f"The same with {below}, which the run was trained from")
+        about |= {"model": {"name": below, "weights": _weights(below)}}
+        other = _evaluated(task, about, _base(below, system, folder))
+        _write(target / "base", other, other.summary)
         summary["base"] = {
-            "model": base_summary["model"],
-            "metrics": base_summary["metrics"],
-            "differences": _differences(scores, base_scores, len(examples)),
+            "model": other.summary["model"],
+            "metrics": other.summary["metrics"],
+            "differences": _differences(system.scores, other.scores, len(examples)),
         }
-    _write(target, outputs, scores, summary)
+    _write(target, system, summary)
     return target
 
 
@@ -172,46 +187,60 @@ def _target(run: RunFolder | None, data: EvaluationData | Items, name: str | Non
 
 def _examples(
     texts: EvaluationTexts, trained: Trained, settings: EvaluationSettings
-) -> tuple[list[EvaluationExample], dict[str, Any]]:
-    """The examples to evaluate, and what is to be said of those that were trained."""
+) -> tuple[list[EvaluationExample], dict[str, Any], list[str]]:
+    """The examples to evaluate, what of the test data was trained, and what is to be said of that."""
     examples = texts.examples
+    total = len(examples)
     seen = [str(example.origin) for example in examples if trained.holds(example)]
+    asked = [str(example.origin) for example in examples if trained.asks(example) and not trained.holds(example)]
     left_out = bool(seen) and settings.exclude_trained
     if left_out:
-        examples = without(examples, trained)
+        examples = [example for example in examples if not trained.holds(example)]
     notes = []
     if trained.missing:
         notes.append(f"Whether test rows were trained is not known: {trained.missing}.")
     if seen:
-        done = (
-            "are left out"
-            if left_out
-            else "make the scores look better than they are (--exclude-trained leaves them out)"
-        )
-        named = ", ".join(seen[:NAMED]) + (", …" if len(seen) > NAMED else "")
-        notes.append(f"{len(seen):,} of {len(texts.examples):,} examples were trained and {done}: {named}")
+        flatter = "make the scores look better than they are (--exclude-trained leaves them out)"
+        done = "are left out" if left_out else flatter
+        notes.append(f"{len(seen):,} of {total:,} examples were trained and {done}: {_named(seen)}")
+    if asked:
+        notes.append(f"{len(asked):,} of {total:,} prompts were trained with other answers: {_named(asked)}")
     if not examples:
         raise DataError("All examples of the test data were trained, so that nothing is left to evaluate.")
-    return examples[: settings.limit], {
-        "trained": seen,
-        "left_out": left_out,
-        "missing": trained.missing,
-        "notes": notes,
-    }
+    leakage = {"trained": seen, "left_out": left_out, "prompts_trained": asked, "missing": trained.missing}
+    return examples[: settings.limit], leakage, notes
 
 
-def _metrics(examples: Sequence[EvaluationExample], plain: bool, settings: EvaluationSettings) -> list[Metric]:
+def _metrics(
+    examples: Sequence[EvaluationExample],
+    plain: bool,
+    settings: EvaluationSettings,
+    trained: Trained,
+    notes: list[str],
+) -> list[Metric]:
     """What is measured on the outputs. Raises `DataError` for a metric that needs references which are not there."""
     bare = [str(example.origin) for example in examples if not example.references]
+    if bare and len(bare) < len(examples) and settings.metrics is None:
+        notes.append(
+            f"{len(bare):,} of {len(examples):,} examples have no reference ({_named(bare)}), so that nothing is "
+            "compared with references."
+        )
+    names = settings.metrics
+    wanted = [name for name in names or COPIED if name in COPIED]
+    if names is not None:
+        names = [name for name in names if name not in COPIED]
     # how a text happens to go on is no reference by which other ways could be judged, unless somebody asks for that
-    has_references = not bare and (settings.metrics is not None or not plain)
-    metrics = metrics_for(settings.language, settings.metrics, has_references)
+    metrics = metrics_for(settings.language, names, names is not None or not (bare or plain))
     needing = [metric.name for metric in metrics if metric.needs_references]
     if needing and bare:
         raise DataError(
-            f"{', '.join(needing)}: needs references, which {len(bare):,} of {len(examples):,} examples have not: "
-            f"{', '.join(bare[:NAMED])}{', …' if len(bare) > NAMED else ''}. Add them, or choose other --metrics."
+            f"{', '.join(needing)}: needs references, and {len(bare):,} of {len(examples):,} examples have none: "
+            f"{_named(bare)}. Give each a reference, or choose other --metrics."
         )
+    if wanted and trained.texts:
+        metrics += [metric for metric in Novelty(trained.answers()).metrics if metric.name in wanted]
+    elif wanted and settings.metrics is not None:
+        raise DataError(f"{', '.join(wanted)}: cannot be measured, for {trained.missing}.")
     return metrics
 
 
@@ -265,29 +294,20 @@ def _base_name(run: str, recipe: Recipe | None) -> str:
     return recipe.model
 
 
-def _base(name: str, precision: Precision, tokenizer: Any) -> LoadedModel:
-    """The model that a run was trained from, asked in the way the run is."""
-    below = load_model(name, precision)
-    below.tokenizer = tokenizer
+def _base(name: str, system: _System, run: RunFolder) -> LoadedModel:
+    """The model that a run was trained from, to be asked as the run is. Raises `RunError` where it is another now."""
+    below = load_model(name, system.summary["model"]["precision"])
+    if weights_sha256(below.base_path) != run.manifest()["base"]["sha256"]:
+        raise RunError(f"{name}: its weights are not those that {run.path} was trained from.")
+    below.tokenizer = system.tokenizer
     grow_vocabulary(below)
     return below
 
 
-def _encoder(loaded: LoadedModel, recipe: Recipe | None) -> Encoder:
-    return Encoder(loaded.tokenizer, train_on=recipe.data.train_on if recipe else "all")
-
-
-def _described(loaded: LoadedModel) -> dict[str, Any]:
-    return {
-        "base": loaded.base_name,
-        "parameters": loaded.causal_lm.num_parameters(),
-        "precision": str(loaded.causal_lm.dtype).removeprefix("torch."),
-    }
-
-
-def _measure(task: _Task, loaded: LoadedModel, encoder: Encoder, weights: str) -> tuple[list[Output], list[Score]]:
-    """What a model writes for the examples, and its scores."""
-    computed_by = _computed_by(loaded, encoder, weights)
+def _evaluated(task: _Task, about: Mapping[str, Any], loaded: LoadedModel) -> _System:
+    """What a model writes for the examples, and how good that is."""
+    encoder = Encoder(loaded.tokenizer, train_on=task.train_on)
+    computed_by = _computed_by(loaded, encoder, about["model"]["weights"])
     prompts, sequences = _encoded(task, encoder, loaded.context_length)
     kept = Kept("outputs", [computed_by, task.sampling.model_dump(exclude_defaults=True)])
     with task.reporter.counting("Writing", "texts") as count:
@@ -304,11 +324,23 @@ def _measure(task: _Task, loaded: LoadedModel, encoder: Encoder, weights: str) -
         )
         for index, (example, one) in enumerate(zip(task.examples, written, strict=True))
     ]
-    scores = _likelihood(task, loaded, encoder, sequences, computed_by)
+    found, scores = _likelihood(task, loaded, encoder, sequences, computed_by)
     for metric in task.metrics:
-        task.reporter.say(f"Measuring {metric.name}")
-        scores.append(Score(metric.name, metric.better, metric.signature, metric.measure(outputs)))
-    return outputs, scores
+        measured = metric.measure(outputs)  # a signature is complete behind that
+        scores.append(Score(metric.name, metric.better, metric.signature, measured))
+    described = {
+        "base": loaded.base_name,
+        "parameters": loaded.causal_lm.num_parameters(),
+        "precision": str(loaded.causal_lm.dtype).removeprefix("torch."),
+    }
+    summary = {
+        **about,
+        "model": about["model"] | described,
+        "evaluated": datetime.now(UTC).isoformat(timespec="seconds"),
+        "notes": _notes(outputs),
+        "metrics": [_with_interval(score, len(outputs)) for score in scores],
+    }
+    return _System(outputs, found, scores, summary, loaded.tokenizer)
 
 
 def _weights(name: str) -> str:
@@ -366,12 +398,12 @@ def _likelihood(
     encoder: Encoder,
     sequences: Sequence[Sequence[TokenizedExample]],
     computed_by: Sequence[Any],
-) -> list[Score]:
-    """Perplexity and bits per byte; none where nothing is to be predicted."""
+) -> tuple[list[TextLikelihood], list[Score]]:
+    """The likelihood of each example, with perplexity and bits per byte; none where nothing is to be predicted."""
     settings = task.settings
     total = sum(map(len, sequences))
     if not total:
-        return []
+        return [], []
     window = min(settings.window or loaded.context_length, loaded.context_length)
     stride = settings.stride or max(1, window // 2)
     if stride >= window:
@@ -382,47 +414,44 @@ def _likelihood(
             CausalLM(loaded.model), encoder, sequences, window, stride, kept, lambda done: count(done, total)
         )
     of = f"of:{settings.likelihood}|window:{window}|stride:{stride}|finespun:{version('finespun')}"
-    return [
+    return found, [
         Score("perplexity", "lower", f"{of}|tokens:own", perplexity_of(found)),
         Score("bits per byte", "lower", of, bits_per_byte_of(found)),
     ]
 
 
-def _summary(
-    about: Mapping[str, Any], outputs: Sequence[Output], scores: Sequence[Score], leakage: Mapping[str, Any]
-) -> dict[str, Any]:
-    """What summary.json holds."""
-    metrics = []
-    for score in scores:
-        found = interval(score.measured, examples=len(outputs))
-        metrics.append(
-            {
-                "name": score.name,
-                "value": _finite(found.value),
-                "low": _finite(found.low),
-                "high": _finite(found.high),
-                "signature": score.signature,
-                "better": score.better,
-            }
-        )
+def _with_interval(score: Score, examples: int) -> dict[str, Any]:
+    """A score as summary.json has it."""
+    found = interval(score.measured, examples=examples)
     return {
-        **about,
-        "evaluated": datetime.now(UTC).isoformat(timespec="seconds"),
-        "leakage": {key: value for key, value in leakage.items() if key != "notes"},
-        "notes": [*leakage["notes"], *_notes(outputs)],
-        "metrics": metrics,
+        "name": score.name,
+        "value": _finite(found.value),
+        "low": _finite(found.low),
+        "high": _finite(found.high),
+        "signature": score.signature,
+        "better": score.better,
     }
 
 
 def _notes(outputs: Sequence[Output]) -> list[str]:
     """What is striking about the outputs themselves."""
-    notes = []
-    if empty := [output.origin for output in outputs if not output.text.strip()]:
-        notes.append(f"{len(empty):,} of {len(outputs):,} outputs are empty: {', '.join(empty[:NAMED])}")
-    cut = sum(output.finish_reason == "length" for output in outputs)
-    if cut:
-        notes.append(f"{cut:,} of {len(outputs):,} outputs did not end by themselves and were cut")
-    return notes
+    found = {
+        "are empty": [output.origin for output in outputs if not output.text.strip()],
+        "did not end by themselves and were cut": [
+            output.origin for output in outputs if output.finish_reason == "length"
+        ],
+        "end in a loop": [output.origin for output in outputs if ends_in_loop(tokens(output.text))],
+    }
+    return [
+        f"{len(origins):,} of {len(outputs):,} outputs {what}: {_named(origins)}"
+        for what, origins in found.items()
+        if origins
+    ]
+
+
+def _named(origins: Sequence[str]) -> str:
+    """The first of `origins`."""
+    return ", ".join(origins[:NAMED]) + (", …" if len(origins) > NAMED else "")
 
 
 def _differences(scores: Sequence[Score], base: Sequence[Score], examples: int) -> list[dict[str, Any]]:
@@ -435,32 +464,29 @@ def _differences(scores: Sequence[Score], base: Sequence[Score], examples: int) 
     return found
 
 
-def _write(target: Path, outputs: Sequence[Output], scores: Sequence[Score], summary: Mapping[str, Any]) -> None:
-    """Fills the folder; the summary comes last and makes it an evaluation. Raises `DataError` where outputs that are
-    there already are not these."""
+def _write(target: Path, system: _System, summary: Mapping[str, Any]) -> None:
+    """Fills the folder; the summary makes it an evaluation. Raises `DataError` where outputs that are there already are
+    not these."""
     try:
         target.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RunError(f"{target}: cannot be created ({error.strerror}).") from None
-    lines = [output_line(output) for output in outputs]
+    lines = [output_line(output) for output in system.outputs]
     if (target / SUMMARY).is_file():
         _check_unchanged(target / "outputs.jsonl", lines)
     write_text(target / "outputs.jsonl", "".join(line + "\n" for line in lines))
-    columns = {score.name: score.measured.per_example for score in scores}
-    rows = (
-        {
-            "index": output.index,
-            "scores": {
-                name: float(column[output.index])
-                for name, column in columns.items()
-                if column is not None and math.isfinite(column[output.index])
-            },
-        }
-        for output in outputs
-    )
-    write_text(target / "scores.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    rows = (json.dumps(_scores_of(index, system), ensure_ascii=False) for index in range(len(lines)))
+    write_text(target / "scores.jsonl", "".join(row + "\n" for row in rows))
     write_text(target / SUMMARY, json.dumps(summary, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     write_evaluation(target)
+
+
+def _scores_of(index: int, system: _System) -> dict[str, Any]:
+    """A line of scores.jsonl; the likelihood in the numbers that corpus scores are sums of."""
+    columns = {score.name: score.measured.per_example for score in system.scores}
+    scores = {name: float(column[index]) for name, column in columns.items() if column is not None}
+    line: dict[str, Any] = {"index": index, "scores": {k: v for k, v in scores.items() if math.isfinite(v)}}
+    return line | ({"likelihood": asdict(system.likelihoods[index])} if system.likelihoods else {})
 
 
 def _check_unchanged(file: Path, lines: Sequence[str]) -> None:

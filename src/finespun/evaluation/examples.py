@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from finespun.data.formats import (
     Example,
@@ -28,22 +29,26 @@ from finespun.data.sources import (
     MemoryRows,
     Source,
     absolute,
+    builtin_sets,
     open_sources,
     raise_all,
     read_standard_input,
     rows_of,
 )
-from finespun.data.split import content_hash
+from finespun.data.split import content_hash, key_hash
 from finespun.data.texts import TRAIN, Texts, read_texts
 from finespun.errors import DataError
 from finespun.evaluation.settings import EvaluationData
-from finespun.recipe import DataRecipe
+from finespun.recipe import DataRecipe, TemplateRecipe
+
+LONGEST_TITLE = 80
+"""Characters of a first line that a plain text is prompted with, such as the title of a poem."""
 
 
 @dataclass
 class EvaluationExample:
     """A prompt with what may follow it. `texts` are the rows themselves, on which the likelihood is measured; `rows`
-    are hashes of what each says."""
+    are hashes of what each says, `prompts` of what each asks."""
 
     prompt: str | list[Message]
     tools: Tools | None
@@ -51,6 +56,7 @@ class EvaluationExample:
     references: list[str] = field(default_factory=list)
     texts: list[Trainable] = field(default_factory=list)
     rows: set[int] = field(default_factory=set)
+    prompts: set[int] = field(default_factory=set)
 
 
 @dataclass(frozen=True)
@@ -81,10 +87,11 @@ def read_examples(data: EvaluationData | Items, trained: DataRecipe | None) -> E
                 bad += 1
                 faults += [str(each)] if bad <= ERRORS_SHOWN else []
             else:
-                prompt, references, tools, text = each
+                prompt, references, tools, text, asked = each
                 key = json.dumps([prompt, tools], ensure_ascii=False)
                 example = examples.setdefault(key, EvaluationExample(prompt, tools, row.origin))
                 example.references += [one for one in references if one not in example.references]
+                example.prompts |= {key_hash(asked)} if asked else set()
                 if text and (content := content_hash(text)) not in example.rows:
                     example.texts.append(text)
                     example.rows.add(content)
@@ -106,14 +113,23 @@ def _sources(data: EvaluationData | Items, trained: DataRecipe | None) -> tuple[
         recipe = recipe.model_copy(update={"format": data.format, "columns": data.columns, "template": data.template})
     if not data.source:
         raise DataError("There is no test data: give --data FILE.")
+    if (known := builtin_sets().get(data.source[0])) and not Path(data.source[0]).exists():
+        recipe = recipe.model_copy(update={"template": TemplateRecipe(**known.template)})
+        return open_sources([str(known.validation)]), recipe
     encoding, documents = data.encoding or recipe.encoding, data.documents or recipe.documents
     if data.source == ["-"]:
         return [Source("-", [MemoryRows(read_standard_input(documents, encoding), "standard input")])], recipe
     return open_sources(absolute(data.source), encoding, documents), recipe
 
 
-_Read = tuple[str | list[Message], list[str], Tools | None, Trainable | None]
-"""A prompt, the references to it, tools, and the row as it would be trained."""
+class _Read(NamedTuple):
+    """A prompt, the references to it, tools, the row as it would be trained, and what it asks, in one text."""
+
+    prompt: str | list[Message]
+    references: list[str]
+    tools: Tools | None
+    text: Trainable | None
+    asked: str
 
 
 class _Reader:
@@ -173,7 +189,7 @@ class _Reader:
     def _without_answer(self, prompt: Any, columns: Mapping[str, Any], origin: Origin) -> Iterator[_Read | BadRow]:
         # what reads a prompt wants an answer beside it, which is then left out
         read = self._of(self._prompts.read(Row({**_asked(prompt, columns), "completion": "?"}, origin)))
-        yield read if isinstance(read, BadRow) else (read[0], [], read[2], None)
+        yield read if isinstance(read, BadRow) else read._replace(references=[], text=None)
 
     def _of(self, example: Example | BadRow) -> _Read | BadRow:
         match example:
@@ -185,9 +201,13 @@ class _Reader:
                     f"is {shape_of(example)} data. To evaluate on its good answers, make prompt and completion of its "
                     "columns with --data.template.",
                 )
-        self.plain = self.plain or isinstance(example, TextExample)
+        if isinstance(example, TextExample):
+            self.plain = True
+            first, line_end, rest = example.text.partition("\n")
+            if rest.strip() and len(first) <= LONGEST_TITLE:
+                return _Read(first + line_end, [rest], None, example, "")
         asked = prompt_of(example)
-        return asked.prompt, [asked.reference], asked.tools, example
+        return _Read(asked.prompt, [asked.reference], asked.tools, example, prompt_and_answer(example)[0])
 
 
 def _asked(prompt: Any, columns: Mapping[str, Any]) -> dict[str, Any]:
@@ -199,12 +219,17 @@ class Trained:
     """What a run was trained on, as far as it is still there; `missing` says why it is not."""
 
     rows: set[int] = field(default_factory=set)
+    prompts: set[int] = field(default_factory=set)
     texts: Texts | None = None
     missing: str | None = None
 
     def holds(self, example: EvaluationExample) -> bool:
-        """Whether a row of `example` was trained."""
-        return not self.rows.isdisjoint(example.rows)
+        """Whether a row of `example` was trained; where it has no answers, its prompt."""
+        return not self.rows.isdisjoint(example.rows) if example.rows else self.asks(example)
+
+    def asks(self, example: EvaluationExample) -> bool:
+        """Whether the prompt of `example` was trained, with whatever answer."""
+        return not self.prompts.isdisjoint(example.prompts)
 
     def answers(self) -> Iterator[str]:
         """All that the model was trained to write, row by row."""
@@ -223,13 +248,9 @@ def read_trained(recipe: DataRecipe | None, recorded: Mapping[str, str]) -> Trai
     if changed := _changed(recorded, texts.files):
         return Trained(missing=f"the training data was changed since the run ({', '.join(changed)})")
     judged = texts.judged
-    return Trained(set(judged.contents[judged.sides == TRAIN].tolist()), texts)
+    side = judged.sides == TRAIN
+    return Trained(set(judged.contents[side].tolist()), set(judged.prompts[side].tolist()), texts)
 
 
 def _changed(before: Mapping[str, str], now: Mapping[str, str]) -> Sequence[str]:
     return [name for name in now if before.get(name) != now[name]]
-
-
-def without(examples: Iterable[EvaluationExample], trained: Trained) -> list[EvaluationExample]:
-    """The examples of which no row was trained."""
-    return [example for example in examples if not trained.holds(example)]

@@ -1,4 +1,4 @@
-"""How well a model predicts texts: perplexity for each token, and bits for each byte, which tokenizers do not change."""
+"""How well a model predicts texts: perplexity of its tokens, and bits for each byte, whatever the tokens are."""
 
 from __future__ import annotations
 
@@ -75,8 +75,8 @@ def perplexity_of(found: Sequence[TextLikelihood]) -> PerExample:
 
 
 def bits_per_byte_of(found: Sequence[TextLikelihood]) -> PerExample:
-    """Bits for each byte of text (Gao et al. 2020, arXiv:2101.00027, section 3.1): the same for whatever tokens a text is
-    cut into. Tokens that are no text, such as the one that ends it, are not counted."""
+    """Bits for each byte of text (Gao et al. 2020, arXiv:2101.00027, section 3.1), which models with different tokens
+    can be compared by. Tokens that are no text, such as the one that ends it, are not counted."""
     return PerExample(
         np.array([one.text_nats for one in found]), np.array([float(one.bytes) for one in found]), _in_bits
     )

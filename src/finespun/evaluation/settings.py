@@ -13,8 +13,8 @@ class EvaluationData(Section):
     """The test data, and how it is read where that is not as the run's own data was."""
 
     source: list[str] | None = None
-    """The test data: files, folders, patterns, hf:NAME[CONFIG]:SPLIT, or - for standard input. Rows are as in training,
-    or have `prompt` and `references`, a list of texts; rows with the same prompt are references to it."""
+    """The test data: files, folders, patterns, hf:NAME[CONFIG]:SPLIT, - for standard input, or fables. Rows are as in
+    training, or have `prompt` and `references`, a list of texts; rows with the same prompt are references to it."""
     format: Format | None = None
     """What the rows are [default: as the run's data, or seen from their columns]."""
     columns: dict[str, str] | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -56,9 +57,15 @@ def metrics_for(language: str | None, names: Sequence[str] | None, has_reference
     references those that are computed fast from them.
 
     A name is one of `METRICS`, in any case of letters, `BERTScore:MODEL`, `MAUVE:MODEL`, or `module:function`.
-    `language` (ISO 639-1) is told from the references where it is None. Raises `RecipeError` for an unknown name, and
-    `DataError` for a metric that needs references where there are none.
+    `language` (ISO 639-1, such as `en`, `zh` or `zh-TW`) is told from the references where it is None. Raises
+    `RecipeError` for an unknown name or language, and `DataError` for a metric that needs references where there are
+    none.
     """
+    if language is not None:
+        code = re.fullmatch(r"([a-z]{2})([-_].+)?", language.lower())
+        if not code:
+            raise RecipeError(f"The language {language!r} is no code of ISO 639-1, such as en, de or zh.")
+        language = code[1]
     if names is None:
         names = (_AGAINST_REFERENCES if has_references else []) + _ALWAYS
     metrics = [_named(name, language) for name in dict.fromkeys(names)]

@@ -145,6 +145,7 @@ def _found(metric: str, model: str) -> Generator[None]:
     try:
         yield
     except (OSError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
         raise ModelNotFound(
-            f"{metric}: {model} is no folder or hub name of a model that can be loaded. {error}"
+            f"{metric}: {model} is no folder or hub name of a model that can be loaded. {reason}"
         ) from None

@@ -37,14 +37,13 @@ def load_metric(name: str) -> Metric:
         known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         close = nearest(function_name, known) if known else None
         raise RecipeError(
-            f"{name}: {module.__file__} has no function {function_name}." + (f" Did you mean {close}?" if close else "")
+            f"{name}: {module.__file__ or module_name} has no function {function_name}."
+            + (f" Did you mean {close}?" if close else "")
         )
     better = getattr(function, "better", "higher")
     if better not in ("higher", "lower", None):
         raise RecipeError(f'{name}: its `better` should be "higher", "lower" or None (given: {better!r}).')
-    file = Path(module.__file__ or "")
-    digest = sha256(file.read_bytes()).hexdigest()[:12] if file.is_file() else "unknown"
-    return _Own(name, function, better, f"{name}|sha256:{digest}")
+    return _Own(name, function, better, Path(module.__file__ or ""))
 
 
 def _module(name: str) -> ModuleType:
@@ -57,6 +56,8 @@ def _module(name: str) -> ModuleType:
         if error.name != name.partition(".")[0] and error.name != name:
             raise RecipeError(f"{name} needs the module {error.name}, which is not installed.") from None
         raise RecipeError(f"There is no module {name}: looked for {name}.py in {here} and among packages.") from None
+    except SyntaxError as error:  # says where by itself
+        raise RecipeError(f"{name} cannot be loaded: {type(error).__name__}: {error}") from None
     except Exception as error:
         raise RecipeError(f"{name} cannot be loaded: {_said(error)}") from error
 
@@ -64,9 +65,10 @@ def _module(name: str) -> ModuleType:
 class _Own:
     needs_references = False
 
-    def __init__(self, name: str, function: Callable[[str, list[str]], Any], better: Better, signature: str) -> None:
-        self.name, self.better, self.signature = name, better, signature
-        self._function = function
+    def __init__(self, name: str, function: Callable[[str, list[str]], Any], better: Better, file: Path) -> None:
+        digest = sha256(file.read_bytes()).hexdigest()[:12] if file.is_file() else "unknown"
+        self.name, self.better, self.signature = name, better, f"{name}|sha256:{digest}"
+        self._function, self._file = function, file
 
     def measure(self, outputs: Sequence[Output]) -> Mean:
         return Mean(np.array([self._score(output) for output in checked(self, outputs)]))
@@ -75,7 +77,7 @@ class _Own:
         try:
             score = self._function(output.text, list(output.references))
         except Exception as error:
-            raise DataError(f"{self.name} failed at {output.origin}: {_said(error)}") from error
+            raise DataError(f"{self.name} failed at {output.origin}: {_said(error, self._file)}") from error
         if not isinstance(score, Real | np.bool) or not math.isfinite(score):
             raise DataError(
                 f"{self.name} gives {score!r} at {output.origin}, and should give a finite number. "
@@ -84,8 +86,8 @@ class _Own:
         return float(score)
 
 
-def _said(error: Exception) -> str:
-    """An error in one line, with the place in the person's own file that it came from."""
+def _said(error: Exception, file: Path | None = None) -> str:
+    """An error in one line, with the line of the person's own `file` that it came from."""
     frames = traceback.extract_tb(error.__traceback__)
-    place = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}: {error}{place}"
+    own = [frame for frame in frames if Path(frame.filename) == file] or frames
+    return f"{type(error).__name__}: {error} ({own[-1].filename}, line {own[-1].lineno})"

@@ -47,7 +47,7 @@ class _Sacrebleu:
     def measure(self, outputs: Sequence[Output]) -> Totals:
         checked(self, outputs)
         needs("sacrebleu", self.name)
-        corpus, sentence = self._scorers(self._language or common_language(texts_in_language(outputs)))
+        corpus, sentence = self._scorers(outputs)
         texts, references = self._texts(outputs)
         # sacrebleu computes these for its own bootstrap; its public functions give nothing that can be resampled.
         counts = corpus._extract_corpus_statistics(texts, list(zip_longest(*references)))
@@ -58,7 +58,10 @@ class _Sacrebleu:
             lambda sums: corpus._compute_score_from_stats(sums).score,
         )
 
-    def _scorers(self, language: str | None) -> tuple[Scorer, Scorer]:
+    def _told(self, outputs: Sequence[Output]) -> str | None:
+        return self._language or common_language(texts_in_language(outputs))
+
+    def _scorers(self, outputs: Sequence[Output]) -> tuple[Scorer, Scorer]:
         """What scores all examples, and what scores one, from the same counts."""
         raise NotImplementedError
 
@@ -71,8 +74,8 @@ class Bleu(_Sacrebleu):
 
     name = "BLEU"
 
-    def _scorers(self, language: str | None) -> tuple[Scorer, Scorer]:
-        return _bleu(bleu_tokenizer(language))
+    def _scorers(self, outputs: Sequence[Output]) -> tuple[Scorer, Scorer]:
+        return _bleu(bleu_tokenizer(self._told(outputs)))
 
 
 class ChrfPlusPlus(_Sacrebleu):
@@ -80,7 +83,7 @@ class ChrfPlusPlus(_Sacrebleu):
 
     name = "chrF++"
 
-    def _scorers(self, language: str | None) -> tuple[Scorer, Scorer]:
+    def _scorers(self, outputs: Sequence[Output]) -> tuple[Scorer, Scorer]:
         from sacrebleu.metrics.chrf import CHRF
 
         scorer = CHRF(word_order=2)
@@ -94,10 +97,10 @@ class Ter(_Sacrebleu):
     name = "TER"
     better: Better = "lower"
 
-    def _scorers(self, language: str | None) -> tuple[Scorer, Scorer]:
+    def _scorers(self, outputs: Sequence[Output]) -> tuple[Scorer, Scorer]:
         from sacrebleu.metrics.ter import TER
 
-        asian = language in ("zh", "ja")
+        asian = self._told(outputs) in ("zh", "ja")
         scorer = TER(normalized=asian, asian_support=asian)
         return scorer, scorer
 
@@ -118,7 +121,7 @@ class WebnlgBleu(_Sacrebleu):
         self.signature = self.signature.replace("tok:none", "tok:webnlg2017").replace("nrefs:3", "nrefs:first3")
         return totals
 
-    def _scorers(self, language: str | None) -> tuple[Scorer, Scorer]:
+    def _scorers(self, outputs: Sequence[Output]) -> tuple[Scorer, Scorer]:
         return _bleu("none", smooth_method="none", lowercase=True)
 
     def _texts(self, outputs: Sequence[Output]) -> tuple[Sequence[str], Sequence[Sequence[str]]]:
