@@ -450,8 +450,12 @@ def _notes(outputs: Sequence[Output]) -> list[str]:
 
 
 def _named(origins: Sequence[str]) -> str:
-    """The first of `origins`."""
-    return ", ".join(origins[:NAMED]) + (", …" if len(origins) > NAMED else "")
+    """The first of `origins`; a file that all are in is named once."""
+    first, more = origins[:NAMED], ", …" if len(origins) > NAMED else ""
+    files, rows = zip(*(origin.rsplit(", row ", 1) for origin in first), strict=True)
+    if len(first) > 1 and len({*files}) == 1:
+        return f"{files[0]}, rows {', '.join(rows)}{more}"
+    return "; ".join(first) + more
 
 
 def _differences(scores: Sequence[Score], base: Sequence[Score], examples: int) -> list[dict[str, Any]]:
