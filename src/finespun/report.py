@@ -1,13 +1,14 @@
-"""Figures become words: the report of a run and the page of a data check, each one HTML file that needs nothing but a
-browser, and what a terminal shows of a check or a selection.
+"""Figures become words: the report of a run, the page of a data check, that of an evaluation, each one HTML file that
+needs nothing but a browser, and what a terminal shows of a check, a selection or an evaluation.
 
-The report is made only of what is in the run folder. Layouts are in the `.html.j2` files.
+A report is made only of what is in its folder. Layouts are in the `.html.j2` files.
 """
 
 from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,10 +17,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from rich.cells import cell_len
 
 from finespun.data.check import Check
 from finespun.data.selection import Selection
+from finespun.evaluation.outputs import Output, read_lines, read_outputs
 from finespun.files import write_text
 from finespun.runs import RunFolder
 
@@ -340,3 +344,171 @@ def _date(started: str | None) -> str | None:
         return None
     when = datetime.fromisoformat(started)
     return f"{when.day} {when:%B %Y, %H:%M}"
+
+
+def write_evaluation(folder: Path) -> None:
+    """Writes `report.html` of the evaluation in `folder`. Raises `DataError` where its files are not as they were
+    written, `RunError` where the disk does not take the page."""
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    outputs = read_outputs(folder / "outputs.jsonl")
+    scores = [line["scores"] for line in read_lines(folder / "scores.jsonl")]
+    of_base = read_outputs(folder / "base" / "outputs.jsonl") if "base" in summary else None
+    ranked_by = _ranked_by(summary["metrics"], scores)
+    better = next((metric["better"] for metric in summary["metrics"] if metric["name"] == ranked_by), None)
+    rows = _evaluation_rows(summary)
+    view = {
+        "name": folder.absolute().name,
+        "evaluated": _date(summary["evaluated"]),
+        "summary": summary,
+        "headline": _evaluation_headline(summary, rows),
+        "rows": rows,
+        "main": [row for row in rows if row["name"] in (ranked_by, "perplexity", "bits per byte")],
+        "histograms": _score_histograms(summary["metrics"], scores),
+        "ranked_by": ranked_by,
+        "groups": _best_and_worst(outputs, of_base, scores, ranked_by, better),
+        "files": _named(summary["data"]["files"]),
+        "version": version("finespun"),
+    }
+    _write_page(folder / "report.html", "evaluation.html.j2", view)
+
+
+def evaluation_lines(folder: Path) -> list[str]:
+    """What an evaluation found, for a terminal."""
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    rows = _evaluation_rows(summary)
+    base = summary.get("base")
+    table = [["", summary["model"]["name"], "95 % interval", *([base["model"]["name"], "difference"] if base else [])]]
+    for row in rows:
+        more = [row["base"], f"{row['difference']} ({row['difference_interval']}) {row['verdict']}"] if base else []
+        table.append([row["name"], row["value"], row["interval"], *more])
+    widths = [max(cell_len(line[column]) for line in table) for column in range(len(table[0]))]
+    lines = [
+        "  ".join(cell + " " * (width - cell_len(cell)) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in table
+    ]
+    return [*summary["notes"], *lines, _evaluation_headline(summary, rows), f"Report: {folder / 'report.html'}"]
+
+
+def _evaluation_rows(summary: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The metrics of an evaluation in words, with those of the base and the difference where it was evaluated too."""
+    base = summary.get("base") or {"metrics": [], "differences": []}
+    of_base = {metric["name"]: metric for metric in base["metrics"]}
+    differences = {difference["name"]: difference for difference in base["differences"]}
+    rows = []
+    for metric in summary["metrics"]:
+        row = {"name": metric["name"], "signature": metric["signature"], "better": metric["better"] or ""}
+        row |= {"value": _figure(metric["value"]), "interval": _figures(metric)}
+        if difference := differences.get(metric["name"]):
+            row |= {
+                "base": _figure(of_base[metric["name"]]["value"]),
+                "difference": _figure(difference["value"], signed=True),
+                "difference_interval": _figures(difference, signed=True),
+                "verdict": _verdict_of(difference, metric["better"]),
+            }
+        rows.append(row)
+    return rows
+
+
+def _verdict_of(difference: Mapping[str, float | None], better: str | None) -> str:
+    """Whether a difference between a run and its base is one, and a good one."""
+    low, high = difference["low"], difference["high"]
+    if low is None or high is None or low <= 0 <= high:
+        return "no difference shown"
+    if better is None:
+        return "higher" if low > 0 else "lower"
+    return "better" if (low > 0) == (better == "higher") else "worse"
+
+
+def _evaluation_headline(summary: Mapping[str, Any], rows: Sequence[Mapping[str, str]]) -> str:
+    """What an evaluation comes to, in a sentence."""
+    examples = summary["data"]["examples"]
+    if "base" not in summary:
+        return f"Measured on {_count(examples)} example{'' if examples == 1 else 's'}"
+    verdicts = Counter(row["verdict"] for row in rows if row["better"])
+    name, total = summary["base"]["model"]["name"], verdicts.total()
+    better, worse = verdicts["better"], verdicts["worse"]
+    if not better and not worse:
+        return f"No difference from {name} shown in any of {total} metrics"
+    if better and worse:
+        return f"Better than {name} in {better} of {total} metrics, worse in {worse}"
+    return f"{'Better' if better else 'Worse'} than {name} in {better or worse} of {total} metrics"
+
+
+def _ranked_by(metrics: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str, float]]) -> str | None:
+    """The metric by which examples are the best or the worst: one that suits single texts, if it was measured."""
+    known = [metric["name"] for metric in metrics if metric["better"] and all(metric["name"] in row for row in scores)]
+    return next((name for name in ("chrF++", "ROUGE-L", "BLEU") if name in known), known[0] if known else None)
+
+
+def _best_and_worst(
+    outputs: Sequence[Output],
+    of_base: Sequence[Output] | None,
+    scores: Sequence[Mapping[str, float]],
+    ranked_by: str | None,
+    better: str | None,
+    count: int = 5,
+) -> list[dict[str, Any]]:
+    """The examples that the page shows, in groups."""
+    order = list(range(len(outputs)))
+    groups = [("Examples", order[: 2 * count])]
+    if ranked_by and len(order) > count:
+        order.sort(key=lambda index: scores[index][ranked_by], reverse=better == "higher")
+        best = order[: min(count, len(order) // 2)]
+        worst = order[: -len(best) - 1 : -1]
+        groups = [(f"Best by {ranked_by}", best), (f"Worst by {ranked_by}", worst)]
+    shown = []
+    for title, indices in groups:
+        samples = []
+        for index in indices:
+            output = outputs[index]
+            prompt = output.prompt
+            samples.append(
+                {
+                    "origin": output.origin,
+                    "turns": [{"role": "", "content": prompt}] if isinstance(prompt, str) else prompt,
+                    "output": output,
+                    "base": of_base[index] if of_base else None,
+                    "scores": [
+                        (name, _figure(scores[index][name]))
+                        for name in scores[index]
+                        if name in (ranked_by, "perplexity", "bits per byte")
+                    ],
+                }
+            )
+        shown.append({"title": title, "samples": samples})
+    return shown
+
+
+def _score_histograms(
+    metrics: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str, float]], bins: int = 24
+) -> list[dict[str, Any]]:
+    """How the scores of single examples are spread, for each metric that gives them any that differ."""
+    found = []
+    for metric in metrics:
+        values = [row[metric["name"]] for row in scores if metric["name"] in row]
+        if len(set(values)) < 3:
+            continue
+        counts, edges = np.histogram(values, bins=bins)
+        median = float(np.median(values))
+        bars = _bars({"counts": counts.tolist(), "edges": edges.tolist()}, median)
+        for bar, number, start, end in zip(bars["bars"], counts, edges, edges[1:], strict=False):
+            bar["title"] = f"{_figure(start)} to {_figure(end)}: {number:,}"
+        ticks = [_figure(tick) for tick in bars["ticks"]]
+        found.append({"name": metric["name"], "bars": bars | {"ticks": ticks}, "median": _figure(median)})
+    return found
+
+
+def _figure(value: float | None, signed: bool = False) -> str:
+    """Four digits or more: 0.413, 41.30, 1,234.5; "–" where there is none."""
+    if value is None:
+        return "–"
+    digits = 1 if abs(value) >= 99.995 else 2 if abs(value) >= 9.9995 else 3
+    sign = "−" if value < 0 else "+" if signed else ""
+    return f"{sign}{abs(value):,.{digits}f}"
+
+
+def _figures(interval: Mapping[str, float | None], signed: bool = False) -> str:
+    """A 95 % interval; one example alone gives none."""
+    if interval["low"] is None or interval["high"] is None:
+        return "none"
+    return f"{_figure(interval['low'], signed)} to {_figure(interval['high'], signed)}"
