@@ -139,7 +139,7 @@ def own_data_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """What is kept of the tests' data is kept apart from what the person who runs them has."""
     folder = tmp_path_factory.mktemp("data")
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("data.check", "data.prepare", "data.texts", "finetuning", "training.memory"):
+        for module in ("data.check", "data.prepare", "data.texts", "evaluation.kept", "finetuning", "training.memory"):
             patch.setattr(f"finespun.{module}.data_cache", lambda: folder)
         yield
 

@@ -20,11 +20,13 @@ from finespun.errors import DataError, RecipeError, RunError
 from finespun.evaluation import evaluate as evaluation
 from finespun.evaluation import kept
 from finespun.evaluation.evaluate import evaluate
+from finespun.evaluation.examples import read_examples
 from finespun.evaluation.outputs import read_outputs
 from finespun.evaluation.settings import EvaluationData, EvaluationSettings
 from finespun.generation.engine import Completion
 from finespun.generation.settings import Sampling
 from finespun.models.load import load_model
+from finespun.recipe import DataRecipe
 from finespun.runs import RunFolder
 
 ROWS = [{"ask": sentence[:20], "answer": sentence[20:]} for sentence in sentences(24)]
@@ -137,6 +139,21 @@ def test_rows_without_an_answer_are_prompts(run: Path) -> None:
     names = [metric["name"] for metric in summary_of(folder)["metrics"]]
     assert "rep-4" in names
     assert not {"BLEU", "chrF++", "perplexity"} & {*names}
+
+
+def test_references_stand_where_the_format_or_the_template_has_the_answer(write_jsonl: Callable[..., Path]) -> None:
+    def read(*rows: dict[str, Any], **recipe: Any) -> list[tuple[Any, list[str]]]:
+        file = write_jsonl(*rows, name=f"{len(str(recipe))}.jsonl")
+        found = read_examples(EvaluationData(source=[str(file)]), DataRecipe(**recipe)).examples
+        return [(example.prompt, example.references) for example in found]
+
+    summed = read({"document": "Long ago.", "references": ["Once.", "Then."]})
+    trained = read({"document": "Long ago.", "summary": "Once."}, {"document": "Long ago.", "summary": "Then."})
+    assert summed == trained
+    template = {"prompt": "{{ triple | replace('_', ' ') }} is", "completion": "{{ sentence | upper }}"}
+    rows = {"triple": "A_B", "references": ["x", "y"]}, {"triple": "C_D"}, {"triple": "E", "sentence": "z"}
+    found = read(*rows, template=template)
+    assert found == [("A B is", ["X", "Y"]), ("C D is", []), ("E is", ["Z"])]
 
 
 def test_a_metric_that_needs_references_is_refused_without_them(run: Path, write_jsonl: Callable[..., Path]) -> None:

@@ -29,6 +29,7 @@ from itertools import takewhile
 from typing import Any, Literal, NamedTuple, NotRequired, TypedDict
 
 import jinja2
+import jinja2.meta
 import orjson
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -799,6 +800,15 @@ def _template(template: Mapping[str, str]) -> Callable[[Mapping[str, Any], Origi
         return _read_text(filled, origin) if "text" in filled else _read_prompt(filled, origin)
 
     return fill
+
+
+def answer_columns(template: Mapping[str, str]) -> set[str]:
+    """The columns that only the completion of a template is made of; none for a template of whole texts."""
+    prompt, completion = (
+        jinja2.meta.find_undeclared_variables(jinja2.Environment().parse(template.get(part, "")))
+        for part in ("prompt", "completion")
+    )
+    return completion - prompt
 
 
 _ANSWERS = {"output", "response"}

@@ -17,6 +17,8 @@ from finespun.data.formats import (
     TextExample,
     Tools,
     Trainable,
+    answer_columns,
+    detect,
     prompt_and_answer,
     prompt_of,
     shape_of,
@@ -40,6 +42,9 @@ from finespun.data.texts import TRAIN, Texts, read_texts
 from finespun.errors import DataError
 from finespun.evaluation.settings import EvaluationData
 from finespun.recipe import DataRecipe, TemplateRecipe
+
+ANSWER_COLUMNS = ("completion", "output", "answer", "target", "summary")
+"""Where the formats of training data have the answer; of test data, `references` take its place."""
 
 LONGEST_TITLE = 80
 """Characters of a first line that a plain text is prompted with, such as the title of a poem."""
@@ -141,7 +146,7 @@ class _Reader:
         self._rows = ExampleReader(recipe.format, recipe.columns, template, mend)
         self._prompts = ExampleReader("prompt-completion", mend=mend)
         self._prompt_column = (recipe.columns or {}).get("prompt", "prompt")
-        self._templated = template is not None
+        self._answers = answer_columns(template) if template else set[str]()
         self.plain = False
 
     def read(self, row: Row) -> list[_Read | BadRow]:
@@ -149,8 +154,8 @@ class _Reader:
         columns = row.columns
         if "references" in columns:
             return self._with_references(row)
-        if not self._templated and (prompt := self._unanswered(columns)) is not None:
-            return [self._without_answer(prompt, row)]
+        if self._unanswered(columns):
+            return [_without_answer(self._of(self._answered(columns, row.origin)))]
         return [self._of(self._rows.read(row))]
 
     def refuse_mixture(self) -> None:
@@ -159,33 +164,42 @@ class _Reader:
             raise DataError("Some rows of the test data are plain texts, others have prompts; evaluate them apart.")
 
     def _with_references(self, row: Row) -> list[_Read | BadRow]:
-        columns, references = row.columns, row.columns["references"]
-        prompt = next((columns[name] for name in (self._prompt_column, "prompt", "messages") if name in columns), None)
-        if prompt is None:
-            has = ", ".join(map(repr, columns))
-            return [BadRow(row.origin, f"has `references`, but no `prompt`; it has {has}.")]
+        columns, references = dict(row.columns), row.columns["references"]
         if not isinstance(references, list) or not all(isinstance(one, str) for one in references):
             return [BadRow(row.origin, "has `references` that are not a list of texts.")]
+        del columns["references"]
         if not references:
-            return [self._without_answer(prompt, row)]
-        return [self._of(self._prompts.read(_answered(prompt, one, row))) for one in references]
+            return [_without_answer(self._of(self._answered(columns, row.origin)))]
+        return [self._of(self._answered(columns, row.origin, one)) for one in references]
 
-    def _unanswered(self, columns: Mapping[str, Any]) -> Any:
-        """The prompt of a row that has nothing else."""
-        prompt, messages = columns.get(self._prompt_column), columns.get("messages")
-        if prompt is not None and not {"completion", "chosen"} & self._renamed(columns):
-            return prompt
+    def _answered(self, columns: Mapping[str, Any], origin: Origin, answer: str = "?") -> Example | BadRow:
+        """The example of a row that has `answer` where its own answer would be."""
+        if self._answers:
+            filled = {self._rows.columns.get(name, name): answer for name in self._answers}
+            return self._rows.read(Row({**columns, **filled}, origin))
+        prompt = next((columns[name] for name in (self._prompt_column, "prompt", "messages") if name in columns), None)
+        if prompt is not None:
+            tools = {name: columns[name] for name in ("tools",) if name in columns}
+            return self._prompts.read(Row({"prompt": prompt, "completion": answer, **tools}, origin))
+        for name in ANSWER_COLUMNS:
+            filled = {**columns, self._rows.columns.get(name, name): answer}
+            if detect(dict.fromkeys(self._renamed(filled))) not in (None, "text"):
+                return self._rows.read(Row(filled, origin))
+        has = ", ".join(map(repr, columns))
+        return BadRow(origin, f"has `references`, but nothing that they would answer, such as `prompt`; it has {has}.")
+
+    def _unanswered(self, columns: Mapping[str, Any]) -> bool:
+        """Whether a row asks something and has no answer."""
+        if self._rows.fill:
+            return bool(self._answers) and self._answers.isdisjoint(self._renamed(columns))
+        messages = columns.get("messages")
         last = messages[-1] if isinstance(messages, list) and messages else None
-        return messages if isinstance(last, Mapping) and last.get("role") in ("user", "tool") else None
+        open_ended = isinstance(last, Mapping) and last.get("role") in ("user", "tool")
+        return open_ended or (self._prompt_column in columns and not {"completion", "chosen"} & self._renamed(columns))
 
     def _renamed(self, columns: Mapping[str, Any]) -> set[str]:
         names = {old: new for new, old in self._rows.columns.items()}
         return {names.get(name, name) for name in columns}
-
-    def _without_answer(self, prompt: Any, row: Row) -> _Read | BadRow:
-        # what reads a prompt wants an answer beside it, which is then left out
-        read = self._of(self._prompts.read(_answered(prompt, "?", row)))
-        return read if isinstance(read, BadRow) else read._replace(references=[], text=None)
 
     def _of(self, example: Example | BadRow) -> _Read | BadRow:
         match example:
@@ -206,9 +220,8 @@ class _Reader:
         return _Read(asked.prompt, [asked.reference], asked.tools, example, prompt_and_answer(example)[0])
 
 
-def _answered(prompt: Any, answer: str, row: Row) -> Row:
-    tools = {name: row.columns[name] for name in ("tools",) if name in row.columns}
-    return Row({"prompt": prompt, "completion": answer, **tools}, row.origin)
+def _without_answer(read: _Read | BadRow) -> _Read | BadRow:
+    return read if isinstance(read, BadRow) else read._replace(references=[], text=None)
 
 
 @dataclass(frozen=True)
