@@ -350,6 +350,14 @@ def test_many_comparisons_of_the_same_thing_show_nothing() -> None:
     assert not any(difference.shown for difference in found.differences)
 
 
+def test_many_comparisons_get_as_many_trials_as_it_takes_to_show_something() -> None:
+    """With ten trials each no corrected p-value could be below 3 × 1/11."""
+    random = np.random.default_rng(14)
+    systems = {name: outputs_of(random.normal(shift, 1, 60)) for name, shift in (("a", 0), ("b", 5), ("c", 10))}
+    found = compare(systems, [number()], resamples=10)
+    assert [difference.ahead for difference in found.differences] == [1, 2, 2]
+
+
 # What is said
 
 
