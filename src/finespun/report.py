@@ -360,7 +360,7 @@ def write_evaluation(folder: Path) -> None:
     of_base = read_outputs(folder / "base" / "outputs.jsonl") if "base" in summary else None
     ranked_by = _ranked_by(summary["metrics"], scores)
     better = next((metric["better"] for metric in summary["metrics"] if metric["name"] == ranked_by), None)
-    rows = evaluation_rows(summary)
+    rows = _evaluation_rows(summary)
     view = {
         "name": folder.absolute().name,
         "evaluated": _date(summary["evaluated"]),
@@ -380,7 +380,7 @@ def write_evaluation(folder: Path) -> None:
 def evaluation_lines(folder: Path) -> list[str]:
     """What an evaluation found, for a terminal."""
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    rows = evaluation_rows(summary)
+    rows = _evaluation_rows(summary)
     base = summary.get("base")
     table = [["", summary["model"]["name"], "95 % interval", *([base["model"]["name"], "difference"] if base else [])]]
     for row in rows:
@@ -394,7 +394,7 @@ def evaluation_lines(folder: Path) -> list[str]:
     return [*summary["notes"], *lines, _evaluation_headline(summary, rows), f"Report: {folder / 'report.html'}"]
 
 
-def evaluation_rows(summary: Mapping[str, Any]) -> list[dict[str, str]]:
+def _evaluation_rows(summary: Mapping[str, Any]) -> list[dict[str, str]]:
     """The metrics of an evaluation in words, with those of the base and the difference where it was evaluated too."""
     base = summary.get("base") or {"metrics": [], "differences": []}
     of_base = {metric["name"]: metric for metric in base["metrics"]}

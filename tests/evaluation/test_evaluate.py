@@ -304,7 +304,7 @@ def test_empty_outputs_and_loops_are_reported(run: Path, monkeypatch: pytest.Mon
         "1 of 10 outputs did not end by themselves and were cut",
         "2 of 10 outputs end in a loop",
     ]
-    assert "row 3" in notes[2]
+    assert notes[2].endswith("data, rows 3, 4")
     assert metric(folder, "loops")["value"] == 0.2
     assert "perplexity" not in [metric["name"] for metric in summary_of(folder)["metrics"]]
 
@@ -389,6 +389,11 @@ def test_plain_texts_are_not_held_against_how_they_happen_to_go_on(tiny_folder: 
     names = [metric["name"] for metric in summary_of(folder)["metrics"]]
     assert "bits per byte" in names
     assert "BLEU" not in names
-    assert read_outputs(folder / "outputs.jsonl")[0].references == ("千山鸟飞绝",)
+    first = read_outputs(folder / "outputs.jsonl")[0]
+    assert (first.prompt, first.references) == ("江雪\n", ("千山鸟飞绝",))
+    loaded = load_model(str(tiny_folder))
+    prompt = loaded.tokenizer("江雪\n")["input_ids"]
+    ids = loaded.model.generate(torch.tensor([prompt]).to(loaded.device), max_new_tokens=8, do_sample=False)[0]
+    assert first.text == loaded.tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True), "no chat is made of it"
     named = evaluate(tiny_folder, data, EvaluationSettings(metrics=["chrF++"]), SHORT, out="named")
     assert metric(named, "chrF++")["value"] >= 0

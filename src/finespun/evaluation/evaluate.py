@@ -53,7 +53,7 @@ from finespun.generation.engine import room_behind
 from finespun.generation.settings import Sampling
 from finespun.models.catalog import locate, weights_sha256
 from finespun.models.load import LoadedModel, convert_packaged, grow_vocabulary, load_model
-from finespun.recipe import Recipe, TrainOn
+from finespun.recipe import PromptFormat, Recipe, TrainOn
 from finespun.report import write_evaluation
 from finespun.runs import RunFolder
 from finespun.training.objectives.causal_lm import CausalLM
@@ -98,6 +98,8 @@ class _Task:
     settings: EvaluationSettings
     sampling: Sampling
     metrics: Sequence[Metric]
+    prompt_format: PromptFormat | None
+    """How prompts are put, where it is not as the tokenizer has it."""
     train_on: TrainOn
     reporter: Reporter
 
@@ -141,7 +143,8 @@ def evaluate(
     trained = read_trained(recipe.data if recipe else None, folder.manifest()["data"]["files"] if recipe else {})
     examples, leakage, notes = _examples(texts, trained, settings)
     metrics = _metrics(examples, texts.plain, settings, trained, notes)
-    task = _Task(examples, settings, sampling, metrics, recipe.data.train_on if recipe else "all", reporter)
+    train_on = recipe.data.train_on if recipe else "all"
+    task = _Task(examples, settings, sampling, metrics, "raw" if texts.plain else None, train_on, reporter)
     about = {
         "model": {"name": str(run), "weights": weights},
         "data": {"files": texts.files, "rows": texts.rows, "examples": len(examples)},
@@ -306,7 +309,7 @@ def _base(name: str, system: _System, run: RunFolder) -> LoadedModel:
 
 def _evaluated(task: _Task, about: Mapping[str, Any], loaded: LoadedModel) -> _System:
     """What a model writes for the examples, and how good that is."""
-    encoder = Encoder(loaded.tokenizer, train_on=task.train_on)
+    encoder = Encoder(loaded.tokenizer, task.prompt_format, task.train_on)
     computed_by = _computed_by(loaded, encoder, about["model"]["weights"])
     prompts, sequences = _encoded(task, encoder, loaded.context_length)
     kept = Kept("outputs", [computed_by, task.sampling.model_dump(exclude_defaults=True)])

@@ -144,35 +144,31 @@ class _Reader:
         self._templated = template is not None
         self.plain = False
 
-    def read(self, row: Row) -> Iterator[_Read | BadRow]:
+    def read(self, row: Row) -> list[_Read | BadRow]:
         """What `row` is, once for each reference it has."""
         columns = row.columns
         if "references" in columns:
-            prompt = next(
-                (columns[name] for name in (self._prompt_column, "prompt", "messages") if name in columns), None
-            )
-            yield from self._listed(prompt, columns, row.origin)
-        elif not self._templated and (prompt := self._unanswered(columns)) is not None:
-            yield from self._without_answer(prompt, columns, row.origin)
-        else:
-            yield self._of(self._rows.read(row))
+            return self._with_references(row)
+        if not self._templated and (prompt := self._unanswered(columns)) is not None:
+            return [self._without_answer(prompt, row)]
+        return [self._of(self._rows.read(row))]
 
     def refuse_mixture(self) -> None:
         self._rows.refuse_mixture()
         if self.plain and self._prompts.first:
             raise DataError("Some rows of the test data are plain texts, others have prompts; evaluate them apart.")
 
-    def _listed(self, prompt: Any, columns: Mapping[str, Any], origin: Origin) -> Iterator[_Read | BadRow]:
-        references = columns["references"]
+    def _with_references(self, row: Row) -> list[_Read | BadRow]:
+        columns, references = row.columns, row.columns["references"]
+        prompt = next((columns[name] for name in (self._prompt_column, "prompt", "messages") if name in columns), None)
         if prompt is None:
-            yield BadRow(origin, f"has `references`, but no `prompt`; it has {', '.join(map(repr, columns))}.")
-        elif not isinstance(references, list) or not all(isinstance(one, str) for one in references):
-            yield BadRow(origin, "has `references` that are not a list of texts.")
-        elif not references:
-            yield from self._without_answer(prompt, columns, origin)
-        for reference in references if isinstance(references, list) and prompt is not None else ():
-            if isinstance(reference, str):
-                yield self._of(self._prompts.read(Row({**_asked(prompt, columns), "completion": reference}, origin)))
+            has = ", ".join(map(repr, columns))
+            return [BadRow(row.origin, f"has `references`, but no `prompt`; it has {has}.")]
+        if not isinstance(references, list) or not all(isinstance(one, str) for one in references):
+            return [BadRow(row.origin, "has `references` that are not a list of texts.")]
+        if not references:
+            return [self._without_answer(prompt, row)]
+        return [self._of(self._prompts.read(_answered(prompt, one, row))) for one in references]
 
     def _unanswered(self, columns: Mapping[str, Any]) -> Any:
         """The prompt of a row that has nothing else."""
@@ -186,10 +182,10 @@ class _Reader:
         names = {old: new for new, old in self._rows.columns.items()}
         return {names.get(name, name) for name in columns}
 
-    def _without_answer(self, prompt: Any, columns: Mapping[str, Any], origin: Origin) -> Iterator[_Read | BadRow]:
+    def _without_answer(self, prompt: Any, row: Row) -> _Read | BadRow:
         # what reads a prompt wants an answer beside it, which is then left out
-        read = self._of(self._prompts.read(Row({**_asked(prompt, columns), "completion": "?"}, origin)))
-        yield read if isinstance(read, BadRow) else read._replace(references=[], text=None)
+        read = self._of(self._prompts.read(_answered(prompt, "?", row)))
+        return read if isinstance(read, BadRow) else read._replace(references=[], text=None)
 
     def _of(self, example: Example | BadRow) -> _Read | BadRow:
         match example:
@@ -210,8 +206,9 @@ class _Reader:
         return _Read(asked.prompt, [asked.reference], asked.tools, example, prompt_and_answer(example)[0])
 
 
-def _asked(prompt: Any, columns: Mapping[str, Any]) -> dict[str, Any]:
-    return {"prompt": prompt} | {name: columns[name] for name in ("tools",) if name in columns}
+def _answered(prompt: Any, answer: str, row: Row) -> Row:
+    tools = {name: row.columns[name] for name in ("tools",) if name in row.columns}
+    return Row({"prompt": prompt, "completion": answer, **tools}, row.origin)
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-import finespun
 from finespun.cli import main
 from finespun.evaluation import kept
 from finespun.evaluation.outputs import read_outputs
+from finespun.models.load import LoadedModel
+from finespun.text_model import TextModel
 
 
 @pytest.fixture(autouse=True)
@@ -19,13 +20,15 @@ def own_cache(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kept, "data_cache", lambda: in_tmp / "cache")
 
 
-def test_the_small_model_is_evaluated_on_the_fables(capsys: pytest.CaptureFixture[str], smollm2_folder: Path) -> None:
-    arguments = ["--data", "fables", "--limit", "3", "--max-new-tokens", "12", "--out", "found"]
+def test_the_small_model_is_evaluated_on_the_fables(
+    capsys: pytest.CaptureFixture[str], smollm2_shared: LoadedModel
+) -> None:
+    arguments = ["--data", "fables", "--limit", "2", "--max-new-tokens", "12", "--out", "found"]
     main(["evaluate", "smollm2-135m", *arguments])
     outputs = read_outputs(Path("found/outputs.jsonl"))
-    assert [output.text for output in outputs] == finespun.load("smollm2-135m").generate(
-        [str(output.prompt) for output in outputs], max_new_tokens=12
-    )
+    writer = TextModel("smollm2-135m", smollm2_shared)
+    prompts = [str(output.prompt) for output in outputs]
+    assert [output.text for output in outputs] == writer.generate(prompts, max_new_tokens=12)
     assert str(outputs[0].prompt).startswith("Write a fable titled ")
     assert "\n\nMoral: " in outputs[0].references[0]
     shown = capsys.readouterr().out
@@ -39,9 +42,25 @@ def test_the_small_model_is_evaluated_on_the_fables(capsys: pytest.CaptureFixtur
     assert shown.rstrip().endswith("found/report.html")
     assert Path("found/report.html").is_file()
 
-    main(["evaluate", "smollm2-135m", *arguments, "--quiet"])
-    told = capsys.readouterr()
-    assert told.out == told.err == "", "quiet says nothing, and the same again is no mistake"
+
+def test_quiet_says_nothing(tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("x.jsonl").write_text('{"prompt": "江雪", "references": ["千山", "鸟飞绝"]}\n', encoding="utf-8")
+    arguments = [
+        "evaluate",
+        str(tiny_folder),
+        "--data",
+        "x.jsonl",
+        "--max-new-tokens",
+        "4",
+        "--out",
+        "found",
+        "--quiet",
+    ]
+    for _ in range(2):
+        main(arguments)
+        told = capsys.readouterr()
+        assert told.out == told.err == "", "the same again is no mistake"
+    assert "鸟飞绝" in Path("found/outputs.jsonl").read_text(encoding="utf-8")
 
 
 def test_sacrebleu_s_command_gives_the_same_figures(tiny_folder: Path, write_jsonl: Callable[..., Path]) -> None:
