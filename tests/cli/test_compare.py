@@ -147,7 +147,7 @@ def test_without_references_the_rest_is_compared(in_tmp: Path, capsys: pytest.Ca
     assert "distinct-1" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         main(["compare", "one", "two", "--metrics", "BLEU"])
-    assert "BLEU: needs references" in capsys.readouterr().err
+    assert "40 of 40 examples have none (the first: test.jsonl, row 1)" in capsys.readouterr().err
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:

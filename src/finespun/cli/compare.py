@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Annotated
 
-from cyclopts import Parameter
+from cyclopts import Parameter, validators
 
 from finespun.errors import DataError, RecipeError
 from finespun.evaluation.settings import EvaluationData, EvaluationSettings
@@ -24,8 +24,10 @@ def compare(
     judge_url: str | None = None,
     judge_model: str | None = None,
     rubric: Path | None = None,
-    judge_examples: int | None = None,
-    judge_concurrency: int = 4,
+    judge_examples: Annotated[int | None, Parameter(validator=validators.Number(gte=1))] = None,
+    judge_concurrency: Annotated[int, Parameter(validator=validators.Number(gte=1))] = 4,
+    judge_max_tokens: int = 1024,
+    judge_timeout: float = 120.0,
     settings: Annotated[EvaluationSettings | None, Parameter(name="*")] = None,
     sampling: Annotated[Sampling | None, Parameter(name="*")] = None,
     quiet: bool = False,
@@ -60,6 +62,10 @@ def compare(
         Judge so many examples only, drawn by chance.
     judge_concurrency
         So many questions are under way at once.
+    judge_max_tokens
+        Longest reply of the judging model; one that thinks first needs more.
+    judge_timeout
+        Seconds that a reply may take.
     quiet
         Print nothing but errors.
     """
@@ -87,7 +93,8 @@ def compare(
     out.mkdir(parents=True, exist_ok=True)
     judgement = None
     if judge_url and judge_model:
-        judge = Judge(judge_url, judge_model, _text(rubric) if rubric else RUBRIC, concurrency=judge_concurrency)
+        wanted = _text(rubric) if rubric else RUBRIC
+        judge = Judge(judge_url, judge_model, wanted, judge_max_tokens, judge_concurrency, judge_timeout)
         try:
             with reporter.counting("Judging", "questions") as count:
                 judgement = judge_outputs(outputs, judge, out / "judgements.jsonl", judge_examples, seed, count)

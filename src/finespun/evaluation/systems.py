@@ -16,7 +16,7 @@ import numpy as np
 
 from finespun.errors import DataError, RecipeError
 from finespun.evaluation.metrics import METRICS, Measured, Metric, metrics_for
-from finespun.evaluation.metrics.base import Better, Totals
+from finespun.evaluation.metrics.base import Better, Totals, checked
 from finespun.evaluation.outputs import Output, read_lines, read_outputs
 from finespun.evaluation.settings import EvaluationData, EvaluationSettings
 from finespun.generation.settings import Sampling
@@ -93,8 +93,9 @@ def comparison_metrics(systems: Mapping[str, System], settings: EvaluationSettin
     against_references = names is not None or any(
         metric["name"] in METRICS and METRICS[metric["name"]](None).needs_references for metric in first["metrics"]
     )
-    complete = all(output.references for output in every[0].outputs)
-    metrics = metrics_for(language, names, against_references and complete)
+    metrics = metrics_for(language, names, against_references)
+    for metric in metrics:
+        checked(metric, every[0].outputs)
     return metrics if settings.metrics or settings.likelihood == "off" else [*_likelihood(every), *metrics]
 
 
