@@ -685,15 +685,13 @@ def _furthest(
     """The examples on which two systems differ most, in either direction; where no metric says, the first that do."""
     names = list(comparison.systems)
     outputs = [comparison.systems[names[place]] for place in (first, second)]
-    leads = comparison.leads(first, second)
-    if leads is None:
+    furthest = comparison.furthest(first, second, count)
+    if furthest is None:
         differing = [index for index, (a, b) in enumerate(zip(*outputs, strict=True)) if a.text != b.text]
         groups = [("Different outputs", differing[: 2 * count])]
     else:
-        order = np.argsort(-leads, kind="stable").tolist()
         groups = [
-            (f"{names[second]} furthest ahead", [index for index in order[:count] if leads[index] > 0]),
-            (f"{names[first]} furthest ahead", [index for index in order[: -count - 1 : -1] if leads[index] < 0]),
+            (f"{names[place]} furthest ahead", each) for place, each in zip((second, first), furthest, strict=True)
         ]
     return [
         {

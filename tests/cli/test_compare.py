@@ -186,6 +186,8 @@ def test_the_page_shows_where_they_differ_and_lets_nothing_in(
     evaluation(in_tmp / "tuned", better)
     main(["compare", "base", "<b>x=tuned", "--out", "out"])
     page = Path("out/comparison.html").read_text(encoding="utf-8")
+    (furthest,) = found(Path("out"))["furthest"]
+    assert (furthest["second_ahead"][0], furthest["first_ahead"][0]) == (3, 8)
     assert INJECTION not in page
     assert "<img" not in page
     assert not re.search(r"(?:src|href)=\"(?!#)", page)

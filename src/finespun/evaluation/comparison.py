@@ -155,6 +155,17 @@ class Comparison:
                 leads.append(np.nan_to_num(ahead / (np.nanstd(ahead) or 1.0)))
         return np.mean(leads, axis=0) if leads else None
 
+    def furthest(self, first: int, second: int, count: int = 5) -> tuple[list[int], list[int]] | None:
+        """The examples on which `second` is furthest ahead, and those on which `first` is; None as for `leads`."""
+        leads = self.leads(first, second)
+        if leads is None:
+            return None
+        order = np.argsort(-leads, kind="stable").tolist()
+        return (
+            [example for example in order[:count] if leads[example] > 0],
+            [example for example in order[: -count - 1 : -1] if leads[example] < 0],
+        )
+
 
 def compare(
     systems: Mapping[str, Sequence[Output]],

@@ -258,6 +258,11 @@ def comparison_json(
             }
             for each in comparison.differences
         ],
+        "furthest": [
+            {"first": names[first], "second": names[second], "second_ahead": found[0], "first_ahead": found[1]}
+            for first, second in comparison.pairs
+            if (found := comparison.furthest(first, second))
+        ],
         "judge": _judgement_json(judgement, names) if judgement else None,
     }
 
