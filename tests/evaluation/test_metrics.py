@@ -185,6 +185,7 @@ def test_the_language_is_that_of_most_texts_however_short() -> None:
         == "en"
     )
     assert common_language(["12", "7"]) is None
+    assert common_language([*["12 7 3.5 " * 40] * 3, SENTENCES]) == "en", "those that cannot be told do not vote"
 
 
 def test_a_language_is_a_code_with_or_without_a_region() -> None:

@@ -85,6 +85,8 @@ def test_rep_4_is_the_mean_share_of_repeated_4_grams() -> None:
         ("Ha ha ha ha!", False),
         ("Stop" + "!" * 40, True),
         ("床前明月光，" * 4, True),
+        ("床前明月" * 3, True),
+        ("床前明月" * 2 + "床前明", False),
         ("床前明月光，疑是地上霜。举头望明月，低头思故乡。", False),
         ("", False),
         ("the " * 11, False),

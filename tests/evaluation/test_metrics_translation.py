@@ -63,7 +63,7 @@ def test_examples_may_have_different_numbers_of_references(metric: Bleu, theirs:
 )
 def test_the_score_of_an_example_is_sacrebleus_sentence_score(metric: Bleu, theirs: BLEU) -> None:
     texts, others = corpus(20, 2)
-    texts[:2] = ["", "The"]
+    texts[:2], others[:2] = ["", "heron"], [["A heron"], ["A heron", "heron"]]
     scores = metric.measure(outputs_of(texts, others)).per_example
     assert scores.tolist() == [
         pytest.approx(theirs.sentence_score(text, references).score)

@@ -25,6 +25,10 @@ class Measured(Protocol):
     `per_example` is `[n]`, or None where an example by itself has no score. `value(draw)` is the score of the examples
     whose places are in `draw`, with repetition, as if they alone had been measured; of all without a draw. It costs
     little, since resampling asks for it thousands of times.
+
+    Where `per_example` is None the score is one of a collection: drawing with repetition changes it, since copies are
+    alike, and its bootstrap interval says nothing. What holds is exchanging the outputs of two systems for the same
+    examples: `value` of draws, without repetition, from the measured outputs of both.
     """
 
     @property
