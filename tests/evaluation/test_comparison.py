@@ -350,6 +350,14 @@ def test_many_comparisons_of_the_same_thing_show_nothing() -> None:
     assert not any(difference.shown for difference in found.differences)
 
 
+def test_many_comparisons_get_as_many_trials_as_it_takes_to_show_something() -> None:
+    """With ten trials each no corrected p-value could be below 3 × 1/11."""
+    random = np.random.default_rng(14)
+    systems = {name: outputs_of(random.normal(shift, 1, 60)) for name, shift in (("a", 0), ("b", 5), ("c", 10))}
+    found = compare(systems, [number()], resamples=10)
+    assert [difference.ahead for difference in found.differences] == [1, 2, 2]
+
+
 # What is said
 
 
@@ -372,11 +380,13 @@ def test_examples_that_differ_most_are_found_over_all_metrics() -> None:
     one = [5.0] * 20
     two = [5.0] * 18 + [25.0, -10.0]
     inverse = Own(lambda outputs: Mean(-1000 * np.array([float(output.text) for output in outputs])), "inv", "lower")
-    leads = compare({"a": outputs_of(one), "b": outputs_of(two)}, [number(), inverse]).leads(0, 1)
+    found = compare({"a": outputs_of(one), "b": outputs_of(two)}, [number(), inverse])
+    assert found.furthest(0, 1) == ([18], [19])
+    leads = found.leads(0, 1)
     assert (leads.argmax(), leads.argmin()) == (18, 19)
     assert leads[18] == pytest.approx(20 / np.std(np.array(two) - 5))
     unordered = compare({"a": outputs_of(one), "b": outputs_of(two)}, [replace(number(), better=None)])
-    assert unordered.leads(0, 1) is None
+    assert unordered.leads(0, 1) is unordered.furthest(0, 1) is None
 
 
 def test_an_example_without_a_score_is_neither_won_nor_lost() -> None:

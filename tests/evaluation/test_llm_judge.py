@@ -408,6 +408,21 @@ def test_failures_are_asked_again_and_what_they_took_stays_counted(address: Addr
     assert found.completion_tokens == 7 * len(address.bodies)
 
 
+def test_an_interrupted_judging_goes_on(address: Address, kept: Path) -> None:
+    def interrupt(done: int, of: int) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        judge_outputs(SYSTEMS, quick(address, concurrency=1), kept, on_answer=interrupt)
+    before = kept.read_text(encoding="utf-8")
+    assert len(before.splitlines()) == 2
+    assert judge_outputs(SYSTEMS, quick(address), kept).pairs[0].wins == Wins(1, 2, 1)
+    lines = kept.read_text(encoding="utf-8")
+    assert lines.startswith(before)
+    assert len({json.loads(line)["key"] for line in lines.splitlines()}) == len(lines.splitlines()) == 6
+
+
 def test_a_line_torn_by_a_kill_is_asked_again(address: Address, kept: Path) -> None:
     judge_outputs(SYSTEMS, quick(address), kept)
     whole = kept.read_bytes()

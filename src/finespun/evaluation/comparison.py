@@ -31,6 +31,9 @@ Better = Literal["higher", "lower"] | None
 SIGNIFICANCE = 0.05
 """A difference is called shown where its corrected p-value is at most this."""
 
+TRIALS_EACH = 50
+"""Trials of a randomization for each comparison that is made at once: with fewer, corrected p-values stay too high."""
+
 PARTS = 50
 """In so many parts at most does a jackknife leave examples out."""
 
@@ -130,6 +133,8 @@ class Comparison:
     differences: tuple[Difference, ...]
     seed: int
     resamples: int
+    trials: int
+    """Of each randomization."""
 
     @property
     def examples(self) -> int:
@@ -150,6 +155,17 @@ class Comparison:
                 leads.append(np.nan_to_num(ahead / (np.nanstd(ahead) or 1.0)))
         return np.mean(leads, axis=0) if leads else None
 
+    def furthest(self, first: int, second: int, count: int = 5) -> tuple[list[int], list[int]] | None:
+        """The examples on which `second` is furthest ahead, and those on which `first` is; None as for `leads`."""
+        leads = self.leads(first, second)
+        if leads is None:
+            return None
+        order = np.argsort(-leads, kind="stable").tolist()
+        return (
+            [example for example in order[:count] if leads[example] > 0],
+            [example for example in order[: -count - 1 : -1] if leads[example] < 0],
+        )
+
 
 def compare(
     systems: Mapping[str, Sequence[Output]],
@@ -165,6 +181,8 @@ def compare(
     """
     check_comparable(systems)
     outputs = list(systems.values())
+    pairs = list(combinations(range(len(outputs)), 2))
+    trials = max(resamples, TRIALS_EACH * len(pairs) * len(metrics))
     scores: list[Scores] = []
     found: list[Difference] = []
     for done, metric in enumerate(metrics):
@@ -175,13 +193,13 @@ def compare(
             raise DataError(f"{metric.name}: is no number for some of these outputs. Leave it out with --metrics.")
         intervals = tuple(resampled.interval(row) for row in np.eye(len(outputs)))
         scores.append(Scores(metric.name, metric.better, metric.signature, intervals, joint.per_example))
-        for pair in combinations(range(len(outputs)), 2):
+        for pair in pairs:
             differing = _differing(outputs, joint, pair)
-            found.append(_difference(metric, joint, resampled, pair, differing, seed, resamples))
+            found.append(_difference(metric, joint, resampled, pair, differing, seed, trials))
     on_metric(len(metrics), len(metrics))
     corrected = holm([difference.p_corrected for difference in found])
     differences = tuple(replace(difference, p_corrected=p) for difference, p in zip(found, corrected, strict=True))
-    return Comparison(systems, tuple(scores), differences, seed, resamples)
+    return Comparison(systems, tuple(scores), differences, seed, resamples, trials)
 
 
 def check_comparable(systems: Mapping[str, Sequence[Output]]) -> None:

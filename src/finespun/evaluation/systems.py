@@ -1,0 +1,300 @@
+"""What is compared: evaluations that are there, or models that are evaluated first."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from finespun.errors import DataError, RecipeError
+from finespun.evaluation.metrics import METRICS, Measured, Metric, metrics_for
+from finespun.evaluation.metrics.base import Better, Totals, checked
+from finespun.evaluation.outputs import Output, read_lines, read_outputs
+from finespun.evaluation.settings import EvaluationData, EvaluationSettings
+from finespun.generation.settings import Sampling
+
+if TYPE_CHECKING:
+    from finespun.evaluation.comparison import Comparison, Wins
+    from finespun.evaluation.llm_judge import Judgement
+    from finespun.evaluation.perplexity import Interval
+    from finespun.training.progress import Reporter
+
+
+@dataclass(frozen=True)
+class System:
+    """An evaluation folder as it was read. `likelihoods` are `[examples, 4]`, as `TextLikelihood` has them, or None
+    where they were not measured."""
+
+    folder: Path
+    summary: Mapping[str, Any]
+    outputs: Sequence[Output]
+    likelihoods: np.ndarray | None
+
+    @classmethod
+    def read(cls, folder: Path) -> System:
+        """Raises `DataError` where a file of the evaluation is missing or not as it was written."""
+        summary = _summary(folder)
+        outputs = read_outputs(folder / "outputs.jsonl")
+        lines = read_lines(folder / "scores.jsonl") if (folder / "scores.jsonl").is_file() else []
+        keys = ("nats", "tokens", "text_nats", "bytes")
+        try:
+            rows = [[float(line["likelihood"][key]) for key in keys] for line in lines if "likelihood" in line]
+        except (KeyError, TypeError, ValueError):
+            raise DataError(f"{folder / 'scores.jsonl'}: was changed by hand. Have it evaluated anew.") from None
+        return cls(folder, summary, outputs, np.array(rows) if rows and len(rows) == len(outputs) else None)
+
+
+def read_systems(
+    given: Sequence[str],
+    data: EvaluationData | None,
+    settings: EvaluationSettings,
+    sampling: Sampling | None,
+    name: str | None,
+    out: Path,
+    reporter: Reporter,
+) -> dict[str, System]:
+    """The systems that a person named, by their names. Each is an evaluation folder, or a run or a model, which is
+    evaluated on `data` first (a model's evaluation goes into `out`); NAME= before it gives it a name of its own.
+
+    Raises `RecipeError` where there are fewer than two, or two of one name, and what evaluating raises.
+    """
+    if len(given) < 2:
+        raise RecipeError("A comparison takes two systems or more: evaluation folders, runs or models.")
+    named = [part.partition("=") if _has_name(part) else ("", "", part) for part in given]
+    systems = [
+        System.read(_evaluated(own, Path(place), data, settings, sampling, name, out, reporter))
+        for own, _, place in named
+    ]
+    models = Counter(str(system.summary["model"]["name"]) for system in systems)
+    names = []
+    for (own, _, place), system in zip(named, systems, strict=True):
+        model = str(system.summary["model"]["name"])
+        names.append(own or (model if models[model] == 1 else place))
+    if twice := [each for each, count in Counter(names).items() if count > 1]:
+        raise RecipeError(f"Two systems are called {twice[0]}: give each a name, as in base={given[0]}.")
+    return dict(zip(names, systems, strict=True))
+
+
+def comparison_metrics(systems: Mapping[str, System], settings: EvaluationSettings) -> list[Metric]:
+    """By what systems are compared: the metrics that were asked for, else those of their evaluations, and the
+    likelihood where all have it. Raises as `metrics_for` does."""
+    every = list(systems.values())
+    names = settings.metrics or _asked_before(every)
+    first = every[0].summary
+    language = settings.language or first["settings"]["evaluation"].get("language")
+    against_references = names is not None or any(
+        metric["name"] in METRICS and METRICS[metric["name"]](None).needs_references for metric in first["metrics"]
+    )
+    metrics = metrics_for(language, names, against_references)
+    for metric in metrics:
+        checked(metric, every[0].outputs)
+    return metrics if settings.metrics or settings.likelihood == "off" else [*_likelihood(every), *metrics]
+
+
+def unlike_settings(systems: Mapping[str, System]) -> list[str]:
+    """In what else than the model evaluations differ, each in a line."""
+    flat = {
+        name: {
+            f"{part}.{key}": value
+            for part, values in system.summary["settings"].items()
+            for key, value in values.items()
+            if key not in ("metrics", "limit")
+        }
+        for name, system in systems.items()
+    }
+    lines = []
+    for key in sorted({key for values in flat.values() for key in values}):
+        values = {name: each.get(key, "not set") for name, each in flat.items()}
+        if any(value != next(iter(values.values())) for value in values.values()):
+            lines.append(f"{key} differs: " + ", ".join(f"{value} for {name}" for name, value in values.items()))
+    return lines
+
+
+@dataclass(frozen=True)
+class _Likelihood:
+    """A likelihood, which was measured with the evaluations, as a metric of all their outputs one behind the other."""
+
+    name: str
+    signature: str
+    measured: Totals
+    better: Better = "lower"
+    needs_references: bool = False
+
+    def measure(self, outputs: Sequence[Output]) -> Measured:
+        return self.measured
+
+
+def _likelihood(systems: Sequence[System]) -> list[Metric]:
+    """Bits per byte, and perplexity where all cut texts into as many tokens; none unless all measured the same."""
+    known = [system.likelihoods for system in systems if system.likelihoods is not None]
+    if len(known) < len(systems):
+        return []
+    found: list[Metric] = []
+    for name, columns, scale in (
+        ("perplexity", [0, 1], lambda nats: math.exp(min(nats, 700))),
+        ("bits per byte", [2, 3], lambda nats: nats / math.log(2)),
+    ):
+        sums = [each[:, columns] for each in known]
+        signatures = {_signature(system, name) for system in systems}
+        same_units = all(np.array_equal(each[:, 1], sums[0][:, 1]) for each in sums)
+        if len(signatures) == 1 and (same_units or name == "bits per byte"):
+            score = partial(_for_each_unit, scale)
+            rows = np.concatenate(sums)
+            per_example = np.array([score(row) for row in rows.tolist()])
+            found.append(_Likelihood(name, signatures.pop(), Totals(per_example, rows, score)))
+    return found
+
+
+def _for_each_unit(scale: Callable[[float], float], sums: Sequence[float]) -> float:
+    return scale(sums[0] / sums[1]) if sums[1] else math.nan
+
+
+def _signature(system: System, metric: str) -> str:
+    return next((each["signature"] for each in system.summary["metrics"] if each["name"] == metric), "")
+
+
+def _asked_before(systems: Sequence[System]) -> list[str] | None:
+    """The metrics that the evaluations were asked for, if all were."""
+    asked = [system.summary["settings"]["evaluation"].get("metrics") for system in systems]
+    if not all(asked):
+        return None
+    from finespun.evaluation.evaluate import COPIED
+
+    return [name for name in dict.fromkeys(chain.from_iterable(asked)) if name not in COPIED] or None
+
+
+def _has_name(given: str) -> bool:
+    """Whether `given` is NAME=PLACE, and not a path with an equals sign in it."""
+    name, equals, place = given.partition("=")
+    return bool(equals and name and place) and not Path(given).exists() and "/" not in name
+
+
+def _evaluated(
+    own: str,
+    place: Path,
+    data: EvaluationData | None,
+    settings: EvaluationSettings,
+    sampling: Sampling | None,
+    name: str | None,
+    out: Path,
+    reporter: Reporter,
+) -> Path:
+    """The evaluation folder of what a person named."""
+    if (place / "summary.json").is_file():
+        return place
+    if data is None:
+        there = sorted(each.parent for each in (place / "evaluations").glob("*/summary.json"))
+        choice = f" It has the evaluations {', '.join(map(str, there))}." if there else ""
+        raise DataError(
+            f"{place}: is no evaluation.{choice} Name an evaluation, or give --data FILE to have it evaluated first."
+        )
+    from finespun.evaluation.evaluate import evaluate
+    from finespun.runs import RunFolder
+
+    reporter.say(f"Evaluating {place}")
+    if RunFolder(place).recipe_file.is_file():
+        return evaluate(str(place), data, settings, sampling, name=name, reporter=reporter)
+    target = out / "evaluations" / (own or str(place).strip("/").replace("/", "-"))
+    return evaluate(str(place), data, settings, sampling, out=target, reporter=reporter)
+
+
+def _summary(folder: Path) -> dict[str, Any]:
+    file = folder / "summary.json"
+    try:
+        summary = json.loads(file.read_text(encoding="utf-8"))
+        _ = summary["model"]["name"], summary["settings"]["evaluation"], [each["name"] for each in summary["metrics"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{file}: is not as `finespun evaluate` wrote it ({type(error).__name__}: {error}). Have it evaluated anew."
+        ) from None
+    return summary
+
+
+def comparison_json(
+    systems: Mapping[str, System], comparison: Comparison, judgement: Judgement | None, notes: Sequence[str]
+) -> dict[str, Any]:
+    """All that a comparison found, as `comparison.json` holds it."""
+    names = list(systems)
+    return {
+        "systems": [
+            {"name": name, "evaluation": str(system.folder), "model": system.summary["model"]}
+            for name, system in systems.items()
+        ],
+        "examples": comparison.examples,
+        "resamples": comparison.resamples,
+        "trials": comparison.trials,
+        "seed": comparison.seed,
+        "correction": "Holm",
+        "notes": list(notes),
+        "metrics": [
+            {
+                "name": scores.metric,
+                "better": scores.better,
+                "signature": scores.signature,
+                "systems": [_interval_json(each) for each in scores.systems],
+            }
+            for scores in comparison.scores
+        ],
+        "differences": [
+            {
+                "metric": each.metric,
+                "first": names[each.first],
+                "second": names[each.second],
+                **_interval_json(each.value),
+                "p_resampled": each.p_resampled,
+                "p_randomization": each.p_randomization,
+                "p_corrected": each.p_corrected,
+                "shown": each.shown,
+                "better": None if each.ahead is None else names[each.ahead],
+                "wins": _wins_json(each.wins) if each.wins else None,
+            }
+            for each in comparison.differences
+        ],
+        "furthest": [
+            {"first": names[first], "second": names[second], "second_ahead": found[0], "first_ahead": found[1]}
+            for first, second in comparison.pairs
+            if (found := comparison.furthest(first, second))
+        ],
+        "judge": _judgement_json(judgement, names) if judgement else None,
+    }
+
+
+def _judgement_json(judgement: Judgement, names: Sequence[str]) -> dict[str, Any]:
+    return {
+        **asdict(judgement.judge),
+        "models": judgement.models,
+        "questions": judgement.questions,
+        "prompt_tokens": judgement.prompt_tokens,
+        "completion_tokens": judgement.completion_tokens,
+        "uncounted": judgement.uncounted,
+        "failures": [{"origin": origin, "reason": reason} for origin, reason in judgement.failures],
+        "pairs": [
+            {
+                "first": names[pair.first],
+                "second": names[pair.second],
+                "wins": _wins_json(pair.wins),
+                "agreement": pair.agreement,
+                "kappa": pair.kappa,
+                "first_place": _interval_json(pair.first_place),
+                "outcomes": {str(example): outcome for example, outcome in pair.outcomes.items()},
+            }
+            for pair in judgement.pairs
+        ],
+    }
+
+
+def _wins_json(wins: Wins) -> dict[str, Any]:
+    return {**asdict(wins), "rate": _interval_json(wins.rate)}
+
+
+def _interval_json(interval: Interval) -> dict[str, float | None]:
+    """JSON has no infinity."""
+    return {key: value if math.isfinite(value) else None for key, value in asdict(interval).items()}
