@@ -47,3 +47,7 @@ class GenerationError(FinespunError):
 
 class ServingError(FinespunError):
     """An address at which a server cannot listen."""
+
+
+class JudgeError(FinespunError):
+    """A judging model that refuses, or cannot be reached."""

@@ -507,9 +507,10 @@ def _figure(value: float | None, signed: bool = False) -> str:
     """Four digits or more: 0.413, 41.30, 1,234.5; "–" where there is none."""
     if value is None:
         return "–"
-    digits = 1 if abs(value) >= 99.995 else 2 if abs(value) >= 9.9995 else 3
+    size = abs(value)
+    digits = 1 if size >= 99.995 else 2 if size >= 9.9995 else 3 if size >= 0.00995 or not size else 4
     sign = "−" if value < 0 else "+" if signed else ""
-    return f"{sign}{abs(value):,.{digits}f}"
+    return f"{sign}{size:,.{digits}f}"
 
 
 def _figures(interval: Mapping[str, float | None], signed: bool = False) -> str:

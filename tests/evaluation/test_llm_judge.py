@@ -17,10 +17,10 @@ from typing import Any
 
 import pytest
 
-from finespun.errors import DataError, RecipeError
+from finespun.errors import DataError, JudgeError, RecipeError
 from finespun.evaluation import llm_judge
 from finespun.evaluation.comparison import Wins
-from finespun.evaluation.llm_judge import API_KEY, Judge, JudgeError, judge_outputs, parse_verdict
+from finespun.evaluation.llm_judge import API_KEY, Judge, judge_outputs, parse_verdict
 from finespun.evaluation.outputs import Output
 
 Response = tuple[int, dict[str, str], Any]

@@ -84,7 +84,12 @@ class _Difference:
 
     of: Measured
     beyond: Measured
-    per_example: NDArray[np.float64] | None = None
+
+    @property
+    def per_example(self) -> NDArray[np.float64] | None:
+        """By which the intervals of differences are those of scores: resampled, where these can be."""
+        one, other = self.of.per_example, self.beyond.per_example
+        return None if one is None or other is None else one - other
 
     def value(self, draw: NDArray[np.intp] | None = None) -> float:
         return self.of.value(draw) - self.beyond.value(draw)

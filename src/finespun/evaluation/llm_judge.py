@@ -26,7 +26,7 @@ from typing import Any, Literal, get_args
 import httpx
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from finespun.errors import DataError, FinespunError, RecipeError
+from finespun.errors import DataError, JudgeError, RecipeError
 from finespun.evaluation.comparison import Wins
 from finespun.evaluation.outputs import Output
 from finespun.evaluation.perplexity import Interval
@@ -83,10 +83,6 @@ _REMINDER = (
 
 _OTHERWISE = {"max_tokens": "max_completion_tokens", "temperature": None}
 """What some addresses refuse, and its other name, if it has one."""
-
-
-class JudgeError(FinespunError):
-    """An address of a judge that refuses, or is not there."""
 
 
 @dataclass(frozen=True)

@@ -124,6 +124,8 @@ class MeasuredMauve:
     written: NDArray[np.float32]
     human: NDArray[np.float32]
     per_example: None = None
+    slow: bool = True
+    """Each value takes a clustering."""
 
     def value(self, draw: NDArray[np.intp] | None = None) -> float:
         written, human = (
