@@ -9,6 +9,7 @@ from cyclopts import App, CycloptsError, Parameter, UnknownOptionError
 from pydantic import ValidationError
 
 from finespun.errors import FinespunError, TrainingInterrupted
+from finespun.evaluation.judging.settings import JudgeServerSettings, StudySettings
 from finespun.generation.settings import Sampling
 from finespun.recipe import explain, known_keys, nearest
 from finespun.serving.settings import ServerSettings
@@ -16,7 +17,13 @@ from finespun.serving.settings import ServerSettings
 INTERRUPTED = 130
 """Exit code of a run that was asked to stop, as shells give it for Ctrl-C."""
 
-KEYS = [*known_keys(), *Sampling.model_fields, *ServerSettings.model_fields]
+KEYS = [
+    *known_keys(),
+    *Sampling.model_fields,
+    *ServerSettings.model_fields,
+    *StudySettings.model_fields,
+    *JudgeServerSettings.model_fields,
+]
 """All that options can set."""
 
 app = App(
@@ -33,6 +40,7 @@ app.command("finespun.cli.generate:generate", help="Write with a model.")
 app.command("finespun.cli.chat:chat", help="Talk with a model.")
 app.command("finespun.cli.export:export", help="Write a trained model for other programs.")
 app.command("finespun.cli.serve:serve", help="Serve models to programs that speak OpenAI's API.")
+app.command("finespun.cli.judge:app", name="judge", help="Let people compare what models wrote, blind.")
 app.command("finespun.cli.data:app", name="data", help="Look at data before a run: check, show, select.")
 app.command("finespun.cli.models:models", help="List the known models and which of them are on this machine.")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
@@ -44,6 +44,11 @@ class Answer:
     comment: str = ""
     spans: tuple[Span, ...] = ()
     seconds: float | None = None
+
+    @property
+    def said(self) -> tuple[Any, ...]:
+        """The judgement alone."""
+        return self.choice, self.ranking, self.marks
 
 
 _SPANS = TypeAdapter(tuple[Span, ...])

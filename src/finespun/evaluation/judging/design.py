@@ -97,7 +97,8 @@ def plan(
     orders = balanced_orders([models for _, models in shuffled], rng)
     count = len(shuffled)
     tasks = [
-        (float(at), Task(item, order, "real")) for at, ((item, _), order) in enumerate(zip(shuffled, orders, strict=True))
+        (float(at), Task(item, order, "real"))
+        for at, ((item, _), order) in enumerate(zip(shuffled, orders, strict=True))
     ]
     repeated = min(repeated, count // 3)
     for number, at in enumerate(rng.sample(range(count // 3), repeated)):

@@ -137,8 +137,8 @@ class Store:
             return cls(file, connection, _STUDY.validate_json(body))
         except (sqlite3.Error, TypeError, ValidationError) as error:
             raise DataError(
-                f"{file}: is damaged, or was changed by something else than finespun ({str(error).splitlines()[0]}). Take "
-                "a copy from before that."
+                f"{file}: is damaged, or was changed by something else than finespun ({str(error).splitlines()[0]}). "
+                "Take a copy from before that."
             ) from None
 
     def close(self) -> None:

@@ -8,7 +8,7 @@ import random
 import secrets
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic.dataclasses import dataclass
 
@@ -36,14 +36,14 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Item:
-    """What is judged at once: a prompt with one text or several. Where `known` is said, the first candidate is the
-    better one; of a rating's, which has one candidate, that it is bad."""
+    """What is judged at once: a prompt with one text or several. Of an item with a `known` answer, made from a text or
+    given by a person, the first candidate is the better one; a rating's, which has one candidate, is bad."""
 
     example: int
     origin: str
     prompt: Prompt
     candidates: tuple[Candidate, ...]
-    known: bool = False
+    known: Literal["made", "given"] | None = None
     why: str | None = None
 
 
@@ -55,8 +55,8 @@ class Annotator:
 
 @dataclass(frozen=True)
 class Study:
-    """All that is fixed when a study begins. `identical[a, b]`-like counts are in `same_text`: (model, model, examples
-    in which both wrote the same and nobody is asked)."""
+    """All that is fixed when a study begins. `same_text` has (model, model, examples for which both wrote the same, so
+    that nobody is asked)."""
 
     method: Method
     models: tuple[str, ...]
@@ -75,6 +75,13 @@ class Study:
         found = [secrets.compare_digest(one.token.encode(), token.encode()) for one in self.annotators]
         return found.index(True) if True in found else None
 
+    def differs_from(self, other: Study) -> str | None:
+        """What is not as in `other`; None where both are made of the same outputs with the same settings."""
+        for key, value in self.settings.items():
+            if value != other.settings.get(key):
+                return f"{key} is {value} there, not {other.settings.get(key)}"
+        return None if self.outputs_hash == other.outputs_hash else "it compares other outputs"
+
 
 def create_study(sources: Sequence[str], settings: StudySettings) -> Study:
     """A new study of the outputs at `sources`: evaluation folders or their `outputs.jsonl`, NAME=PATH for a name of
@@ -83,15 +90,15 @@ def create_study(sources: Sequence[str], settings: StudySettings) -> Study:
     outputs = [outputs_of(source) for source in sources]
     _check_same_prompts(names, outputs)
     if settings.method != "rating" and len(sources) < 2:
-        raise RecipeError("To compare, give the outputs of two models or more; one alone can be rated (--method rating).")
+        raise RecipeError(
+            "To compare, give the outputs of two models or more; one alone can be rated (--method rating)."
+        )
     rng = random.Random(settings.seed)
     count = len(outputs[0])
     drawn = rng.sample(range(count), min(settings.examples or count, count))
     rows = [[_shown(model_outputs[row].text) for model_outputs in outputs] for row in drawn]
     items = [
-        item
-        for row, texts in zip(drawn, rows, strict=True)
-        for item in _items(settings.method, outputs[0][row], texts)
+        item for row, texts in zip(drawn, rows, strict=True) for item in _items(settings.method, outputs[0][row], texts)
     ]
     if not items:
         raise DataError("All models wrote the same texts; there is nothing to compare.")
@@ -127,7 +134,10 @@ def name_models(sources: Sequence[str]) -> tuple[str, ...]:
     """A name for each source: the one it is given (NAME=PATH), else as many of the last parts of its path as it takes
     to tell all apart. Raises `RecipeError` where two are the same."""
     given = [source.partition("=")[0] if "=" in source and not Path(source).exists() else None for source in sources]
-    paths = [Path(source) if name is None else Path(source.partition("=")[2]) for name, source in zip(given, sources, strict=True)]
+    paths = [
+        Path(source) if name is None else Path(source.partition("=")[2])
+        for name, source in zip(given, sources, strict=True)
+    ]
     folders = [path.absolute().parent if path.name == "outputs.jsonl" else path.absolute() for path in paths]
     longest = max(len(folder.parts) for folder in folders)
     names: list[str] = []
@@ -143,8 +153,8 @@ def _check_same_prompts(names: Sequence[str], outputs: Sequence[list[Output]]) -
     for name, theirs in zip(names[1:], outputs[1:], strict=True):
         if len(theirs) != len(outputs[0]):
             raise DataError(
-                f"{names[0]} has {len(outputs[0])} outputs, {name} has {len(theirs)}: only outputs for the same prompts "
-                "can be compared."
+                f"{names[0]} has {len(outputs[0])} outputs, {name} has {len(theirs)}: only outputs for the same "
+                "prompts can be compared."
             )
         for first, second in zip(outputs[0], theirs, strict=True):
             if first.prompt != second.prompt:
@@ -169,7 +179,8 @@ def _items(method: Method, output: Output, texts: Sequence[str]) -> list[Item]:
     """What people are asked about one example. Nobody is asked to compare a text with itself: models that wrote the
     same are judged as one."""
     candidates = [
-        Candidate(text, tuple(model for model, other in enumerate(texts) if other == text)) for text in dict.fromkeys(texts)
+        Candidate(text, tuple(model for model, other in enumerate(texts) if other == text))
+        for text in dict.fromkeys(texts)
     ]
     groups: list[tuple[Candidate, ...]]
     match method:
@@ -211,7 +222,7 @@ def _controls(
         texts = (worse,) if settings.method == "rating" else (better, worse)
         told: Any = prompt if isinstance(prompt, str) else [dict(message) for message in prompt]
         candidates = tuple(Candidate(text, ()) for text in texts)
-        items.append(Item(number, "known answer", told, candidates, known=True, why=why))
+        items.append(Item(number, "known answer", told, candidates, "given" if settings.known_items else "made", why))
     return items
 
 
