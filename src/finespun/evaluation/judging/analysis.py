@@ -34,6 +34,10 @@ strong, not infinitely so."""
 DRAWS = 1000
 """Resamples of a bootstrap."""
 
+SEED = 20030815
+"""Of resampling: results are the same each time. A number of its own, as resamples are not random to data that was
+simulated with the same one."""
+
 MOST_SHOWN = 10
 """Examples that are listed as deciding or as contested."""
 
@@ -319,7 +323,7 @@ def strengths_of(wins: NDArray[np.float64]) -> NDArray[np.float64]:
 def bradley_terry(wins: NDArray[np.float64], draws: int = DRAWS) -> list[Strength]:
     """The strength of each model from `wins` `[examples, models, models]`, the strongest first."""
     values = strengths_of(wins.sum(0))
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(SEED)
     count = len(wins)
     weights = rng.multinomial(count, np.full(count, 1 / count), size=draws)
     resampled = np.array([strengths_of(drawn) for drawn in np.tensordot(weights.astype(float), wins, axes=1)])
@@ -359,7 +363,7 @@ def _means(study: Study, judgements: Sequence[Judgement], draws: int) -> list[Me
             continue
         sums = np.array([sum(marks) for marks in by_example.values()], dtype=float)
         counts = np.array([len(marks) for marks in by_example.values()], dtype=float)
-        weights = np.random.default_rng(0).multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size=draws)
+        weights = np.random.default_rng(SEED).multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size=draws)
         low, high = np.percentile(weights @ sums / (weights @ counts), [2.5, 97.5])
         means.append(
             Mean(model, criterion.name, float(sums.sum() / counts.sum()), float(low), float(high), int(counts.sum()))

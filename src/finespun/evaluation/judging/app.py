@@ -24,6 +24,7 @@ from finespun.evaluation.judging.report import PAGES, LiveResults, environment
 from finespun.evaluation.judging.store import Progress, Store
 from finespun.evaluation.judging.study import Item
 from finespun.evaluation.judging.words import NAMES, WORDS, Language, preferred, told
+from finespun.files import hash_of
 
 LARGEST_FORM = 1_000_000
 """Bytes."""
@@ -49,7 +50,7 @@ def create_app(store: Store, url: str | None = None) -> FastAPI:
     app.post("/a/{token}/answer")(pages.answer)
     app.post("/a/{token}/undo")(pages.undo)
     app.get("/results/{token}")(pages.results)
-    app.get("/assets/{name}")(pages.asset)
+    app.get("/assets/{version}/{name}")(pages.asset)
     app.add_exception_handler(HTTPException, pages.missing)
     app.middleware("http")(_add_headers)
     return app
@@ -57,7 +58,8 @@ def create_app(store: Store, url: str | None = None) -> FastAPI:
 
 async def _add_headers(request: Request, go_on: Callable[[Request], Awaitable[Response]]) -> Response:
     response = await go_on(request)
-    response.headers.update(HEADERS)
+    for name, value in HEADERS.items():
+        response.headers.setdefault(name, value)
     return response
 
 
@@ -91,6 +93,8 @@ class Pages:
                 for name in ("judge.js", "results.js")
             },
         }
+
+        self._assets_at = f"/assets/{hash_of(self._assets)}"
 
     def show(self, token: str, request: Request, already: bool = False) -> Response:
         """The item to judge now; before the first the instructions, after the last thanks."""
@@ -154,15 +158,15 @@ class Pages:
         if not secrets.compare_digest(token.encode(), self._study.admin.encode()):
             raise HTTPException(404)
         base = (self._url or str(request.base_url)).rstrip("/")
-        view = self._live.view(base)
+        view = self._live.view(base) | {"assets": self._assets_at}
         return HTMLResponse(self._environment.get_template("live.html.j2").render(view))
 
     def asset(self, name: str) -> Response:
-        """A style sheet or a script."""
+        """A style sheet or a script. Its address changes with it, so that a browser need ask only once."""
         if name not in self._assets:
             raise HTTPException(404)
         content, kind = self._assets[name]
-        return Response(content, media_type=kind)
+        return Response(content, media_type=kind, headers={"Cache-Control": "public, max-age=31536000, immutable"})
 
     def missing(self, request: Request, error: Any) -> Response:
         """For a link that is not whole, and all else that is not there."""
@@ -183,7 +187,7 @@ class Pages:
             "language": language,
             "languages": NAMES,
             "words": WORDS[language],
-            "assets": "/assets",
+            "assets": self._assets_at,
             "method": self._study.method,
             "instructions": self._study.instructions,
         }

@@ -14,7 +14,6 @@ WORDS: dict[Language, dict[str, str]] = {
     "en": {
         "title": "Judging texts",
         "begin": "Begin",
-        "continue": "Continue",
         "item": "Item {} of {}",
         "practice": "Practice {} of {}",
         "instructions": "Instructions",
@@ -32,14 +31,12 @@ WORDS: dict[Language, dict[str, str]] = {
         "bad": "Both are bad",
         "order": "Choose the texts from best to worst",
         "rank": "Place",
-        "not_ranked": "no place yet",
         "start_over": "Start over",
         "rate": "How good is the text?",
         "save": "Save and go on",
         "comment": "Comment (if you like)",
         "mark": "Mark as an error",
         "mark_hint": "To mark an error, select words in a text. A click on a mark removes it.",
-        "remove_mark": "Remove this mark",
         "undo": "Undo the last answer",
         "changed": "You are changing this answer.",
         "already": "That item had an answer already; the first one counts. Undo it if you want another.",
@@ -63,8 +60,8 @@ WORDS: dict[Language, dict[str, str]] = {
         "shortcuts_pairs": "1 2 3 4 answer · ← → choose, Enter takes it",
         "shortcuts_ranking": "1 2 3 … give the next place · Backspace takes it back · Enter saves",
         "shortcuts_rating": "1 2 3 … give a mark · ↑ ↓ change it · Enter saves",
-        "shortcuts_all": "E mark an error (← → word, Shift more words, ↑ ↓ text, Enter marks, Esc ends) · C comment · U "
-        "undo",
+        "shortcuts_all": "E mark an error (← → word, Shift more words, ↑ ↓ text, Enter marks, Backspace unmarks, "
+        "Esc ends) · C comment · U undo",
         "intro_pairs": "You will see a prompt and two texts that were written for it. Read both, then say which one is "
         "better. If neither is better, say whether they are equally good, or both bad.",
         "intro_ranking": "You will see a prompt and several texts that were written for it. Read all of them, then "
@@ -82,7 +79,6 @@ WORDS: dict[Language, dict[str, str]] = {
     "zh": {
         "title": "文本评价",
         "begin": "开始",
-        "continue": "继续",
         "item": "第 {} 题，共 {} 题",
         "practice": "练习 {}/{}",
         "instructions": "说明",
@@ -100,14 +96,12 @@ WORDS: dict[Language, dict[str, str]] = {
         "bad": "都不好",
         "order": "请从最好到最差依次选择文本",
         "rank": "名次",
-        "not_ranked": "尚未排名",
         "start_over": "重新排序",
         "rate": "这个文本怎么样？",
         "save": "保存并继续",
         "comment": "备注（可不填）",
         "mark": "标为错误",
         "mark_hint": "要标出错误，请选中文本中的字词；点击标记可将其删除。",
-        "remove_mark": "删除此标记",
         "undo": "撤销上一个答案",
         "changed": "您正在修改这个答案。",
         "already": "该题已有答案，以第一次的为准。如需更改，请先撤销。",
@@ -131,7 +125,7 @@ WORDS: dict[Language, dict[str, str]] = {
         "shortcuts_pairs": "1 2 3 4 作答 · ← → 选择，回车确认",
         "shortcuts_ranking": "1 2 3 … 依次排名 · 退格键撤回 · 回车保存",
         "shortcuts_rating": "1 2 3 … 打分 · ↑ ↓ 更改 · 回车保存",
-        "shortcuts_all": "E 标记错误（← → 移动，Shift 扩选，↑ ↓ 换文本，回车标记，Esc 结束） · C 备注 · U 撤销",
+        "shortcuts_all": "E 标记错误（← → 移动，Shift 扩选，↑ ↓ 换文本，回车标记，退格取消，Esc 结束） · C 备注 · U 撤销",
         "intro_pairs": "您将看到一个提示，以及根据它写成的两个文本。请都读完，再选出更好的一个。如果不分高下，请说明"
         "是一样好，还是都不好。",
         "intro_ranking": "您将看到一个提示，以及根据它写成的几个文本。请全部读完，再从最好到最差排序。",

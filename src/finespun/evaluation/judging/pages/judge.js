@@ -8,7 +8,7 @@ const status = document.getElementById("status");
 const method = form?.dataset.method;
 
 // The second press of a double click must not answer the item that the first one brought.
-const SETTLE_MS = 300;
+const SETTLE_MS = 250;
 let ready = false;
 setTimeout(() => {
   ready = true;
@@ -206,6 +206,10 @@ function walkKey(event) {
   } else if (event.key === "Enter") {
     const span = selected();
     if (span) add(span);
+  } else if (event.key === "Backspace" || event.key === "Delete") {
+    const span = selected();
+    spans = spans.filter((one) => !span || one.place !== span.place || one.end <= span.start || span.end <= one.start);
+    draw(walker.place);
   } else if (event.key === "Escape" || event.key.toLowerCase() === "e") {
     walker = null;
     getSelection().removeAllRanges();
