@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import random
@@ -18,6 +19,7 @@ from finespun.evaluation.judging.analysis import (
     bradley_terry,
     krippendorff_alpha,
     read_judgements,
+    sign_test,
     strengths_of,
     wilson,
 )
@@ -139,7 +141,38 @@ def test_who_always_takes_the_first_shows(tmp_path):
         assert worker.first == 1.0
         assert worker.repeated_same == 0
         assert worker.known_right == 5
-    assert results.strengths[0].strongest < 0.975
+    assert results.preferred is None
+
+
+def test_a_preference_needs_more_than_a_few_examples(tmp_path):
+    """Resamples of examples that all say the same say so too; that is no certainty."""
+    for count, shown in ((1, None), (5, None), (6, 0), (12, 0)):
+        study = make_study(tmp_path / str(count), count, annotators=2)
+        results = analyse(study, answer_all(study, functools.partial(prefer, study, candidate=0)), draws=50)
+        assert results.preferred == shown
+        assert results.strengths[0].low is None  # nothing that could tell how wide it is
+
+
+def test_chance_is_called_a_preference_in_five_of_a_hundred_studies_at_most(tmp_path):
+    study = make_study(tmp_path, 30, annotators=2)
+    rng = random.Random(1)
+    leaning: dict[int, int] = {}
+
+    def say(who: int, at: int) -> Answer:
+        item = study.annotators[who].tasks[at].item
+        return prefer(study, who, at, leaning.setdefault(item, rng.randrange(2)))  # the two agree
+
+    called = 0
+    for _ in range(100):
+        leaning.clear()
+        called += analyse(study, answer_all(study, say), draws=80).preferred is not None
+    assert called <= 9
+
+
+def test_the_sign_test_is_scipys():
+    for first, second in ((0, 0), (5, 0), (6, 0), (12, 3), (7, 9), (20, 20)):
+        expected = binomtest(first, first + second).pvalue if first + second else 1.0
+        assert sign_test(first, second) == pytest.approx(expected)
 
 
 def test_a_tie_is_none_and_both_bad_is_told_apart(tmp_path):
@@ -149,6 +182,8 @@ def test_a_tie_is_none_and_both_bad_is_told_apart(tmp_path):
     (pair,) = results.pairs
     assert (pair.wins, pair.losses, pair.ties, pair.both_bad, pair.rate) == (0, 0, 8, 8, None)
     assert results.strengths[0].value == pytest.approx(0)
+    assert {one.strongest for one in results.strengths} == {0.5}
+    assert results.preferred is None
     assert {one.agreement for one in results.contested} == {0.0}
 
 
@@ -269,7 +304,7 @@ def test_random_answers_show_no_preference(tmp_path):
     rng = random.Random(0)
     events = answer_all(study, lambda who, at: Answer(choice=rng.choice(["first", "second", "tie", "bad"])))
     results = analyse(study, events, draws=200)
-    assert results.strengths[0].strongest < 0.975
+    assert results.preferred is None
     (agreement,) = results.agreement
     assert agreement.alpha is not None
     assert abs(agreement.alpha) < 0.2

@@ -38,6 +38,12 @@ SEED = 20030815
 """Of resampling: results are the same each time. A number of its own, as resamples are not random to data that was
 simulated with the same one."""
 
+SURE = 0.975
+"""The share of resamples in which a model has to be the strongest to be called so: two-sided, at 5 %."""
+
+FEWEST_EXAMPLES = 10
+"""Resamples of fewer examples than these say too little about what other examples would have given."""
+
 MOST_SHOWN = 10
 """Examples that are listed as deciding or as contested."""
 
@@ -92,24 +98,26 @@ class Pair:
 class Strength:
     """A model's strength by Bradley and Terry (1952) as log-odds, of mean 0 over all: a model that is stronger by 1 is
     preferred in 73 % of comparisons. The 95 % interval, and the share of resamples in which the model is the
-    strongest, are from a bootstrap over examples."""
+    strongest, are from a bootstrap over examples; there is no interval where the examples are few or all say the
+    same."""
 
     model: int
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     strongest: float
 
 
 @dataclass(frozen=True)
 class Mean:
-    """A model's mean mark by one criterion with its 95 % interval (bootstrap over examples)."""
+    """A model's mean mark by one criterion with its 95 % interval (bootstrap over examples), where there are enough
+    examples for one."""
 
     model: int
     criterion: str
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     count: int
 
 
@@ -171,6 +179,7 @@ class Results:
     votes: list[Vote]
     pairs: list[Pair]
     strengths: list[Strength]
+    preferred: int | None
     means: list[Mean]
     agreement: list[Agreement]
     contested: list[Contested]
@@ -196,6 +205,7 @@ def analyse(study: Study, events: Sequence[Event], without: Collection[int] = ()
         votes,
         _pairs(study, votes),
         strengths,
+        preferred_model(wins, strengths) if strengths else None,
         _means(study, counted, draws),
         _agreement(study, counted, votes),
         _contested(study, counted),
@@ -328,11 +338,41 @@ def bradley_terry(wins: NDArray[np.float64], draws: int = DRAWS) -> list[Strengt
     weights = rng.multinomial(count, np.full(count, 1 / count), size=draws)
     resampled = np.array([strengths_of(drawn) for drawn in np.tensordot(weights.astype(float), wins, axes=1)])
     low, high = np.percentile(resampled, [2.5, 97.5], axis=0)
-    strongest = np.bincount(resampled.argmax(1), minlength=len(values)) / draws
+    best = resampled > resampled.max(1, keepdims=True) - 1e-9
+    strongest = (best / best.sum(1, keepdims=True)).mean(0)  # a lead that several share is nobody's alone
+    known = (high - low > 1e-9) & (count >= FEWEST_EXAMPLES)
     return [
-        Strength(int(model), float(values[model]), float(low[model]), float(high[model]), float(strongest[model]))
+        Strength(
+            int(model),
+            float(values[model]),
+            float(low[model]) if known[model] else None,
+            float(high[model]) if known[model] else None,
+            float(strongest[model]),
+        )
         for model in np.argsort(-values, kind="stable")
     ]
+
+
+def sign_test(first: int, second: int) -> float:
+    """The probability (two-sided, exact) that of so many examples the sides are at least so uneven by chance."""
+    count = first + second
+    tail = sum(math.comb(count, successes) for successes in range(max(first, second), count + 1))
+    return min(1.0, 2 * tail / 2**count)
+
+
+def preferred_model(wins: NDArray[np.float64], strengths: Sequence[Strength]) -> int | None:
+    """The model that people prefer to each other one, if chance does not explain it: it is the strongest in all but few
+    resamples, and against each other model more examples speak for it (sign test at 5 %, which holds for few examples
+    too). All has to be shown at once, so nothing is corrected for the number of models."""
+    first = strengths[0]
+    if first.strongest < SURE:
+        return None
+    for other in strengths[1:]:
+        balance = wins[:, first.model, other.model] - wins[:, other.model, first.model]
+        ahead, behind = int((balance > 1e-9).sum()), int((balance < -1e-9).sum())
+        if ahead <= behind or sign_test(ahead, behind) >= 0.05:
+            return None
+    return first.model
 
 
 def _pairs(study: Study, votes: Sequence[Vote]) -> list[Pair]:
@@ -365,9 +405,8 @@ def _means(study: Study, judgements: Sequence[Judgement], draws: int) -> list[Me
         counts = np.array([len(marks) for marks in by_example.values()], dtype=float)
         weights = np.random.default_rng(SEED).multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size=draws)
         low, high = np.percentile(weights @ sums / (weights @ counts), [2.5, 97.5])
-        means.append(
-            Mean(model, criterion.name, float(sums.sum() / counts.sum()), float(low), float(high), int(counts.sum()))
-        )
+        interval = (float(low), float(high)) if len(sums) >= FEWEST_EXAMPLES else (None, None)
+        means.append(Mean(model, criterion.name, float(sums.sum() / counts.sum()), *interval, int(counts.sum())))
     return means
 
 

@@ -29,9 +29,6 @@ PACKAGE = Path(__file__).parents[2]
 LIVE_DRAWS = 200
 """Resamples of a bootstrap on the page that is made anew with each answer."""
 
-SURE = 0.975
-"""The share of resamples in which a model has to be the strongest to be called so: two-sided, at 5 %."""
-
 METHODS = {"pairs": "pairs of texts", "ranking": "rankings", "rating": "ratings by criteria"}
 
 
@@ -66,14 +63,16 @@ def result_lines(results: Results) -> list[str]:
     lines = [view["headline"], view["basis"]]
     lines += [f"  {pair['text']}" for pair in view["pairs"]]
     if view["strengths"]:
-        lines.append("Strength (Bradley–Terry, log-odds; 95 % intervals from a bootstrap over examples)")
+        lines.append(
+            "Strength (Bradley–Terry, log-odds; 95 % intervals from a bootstrap over examples, where there are enough)"
+        )
         width = max(len(one["model"]) for one in view["strengths"])
         lines += [
-            f"  {one['model']:<{width}}  {one['value']} {one['interval']}  strongest in {one['strongest']} of resamples"
+            f"  {one['model']:<{width}}  {one['value']}{one['interval']}  strongest in {one['strongest']} of resamples"
             for one in view["strengths"]
         ]
     if view["means"]:
-        lines.append("Mean marks (95 % intervals from a bootstrap over examples)")
+        lines.append("Mean marks (95 % intervals from a bootstrap over examples, where there are enough)")
         lines += [
             f"  {row['model']}: " + ", ".join(f"{name} {cell}" for name, cell in row["cells"].items())
             for row in view["means"]
@@ -125,7 +124,7 @@ def results_view(results: Results) -> dict[str, Any]:
         basis += "; without annotator " + ", ".join(str(one + 1) for one in results.without)
     means: dict[int, dict[str, str]] = defaultdict(dict)
     for one in results.means:
-        means[one.model][one.criterion] = f"{one.value:.2f} [{one.low:.2f}, {one.high:.2f}]"
+        means[one.model][one.criterion] = f"{one.value:.2f}" + _interval(one.low, one.high, "{:.2f}")
     return {
         "headline": _headline(results),
         "basis": basis + ".",
@@ -135,7 +134,7 @@ def results_view(results: Results) -> dict[str, Any]:
             {
                 "model": models[one.model],
                 "value": _signed(one.value),
-                "interval": f"[{_signed(one.low)}, {_signed(one.high)}]",
+                "interval": _interval(one.low, one.high, "{:+.2f}"),
                 "strongest": f"{100 * one.strongest:.0f} %",
             }
             for one in results.strengths
@@ -182,10 +181,9 @@ def results_view(results: Results) -> dict[str, Any]:
 def _headline(results: Results) -> str:
     if not results.strengths:
         return "Nothing is compared yet." if len(results.study.models) > 1 else "One model, rated by people."
-    first = results.strengths[0]
-    if first.strongest >= SURE:
-        return f"People prefer {results.study.models[first.model]}."
-    return "No preference shown: what there is may be chance."
+    if results.preferred is None:
+        return "No preference shown: what there is may be chance."
+    return f"People prefer {results.study.models[results.preferred]}."
 
 
 def _pair_view(models: Sequence[str], pair: Pair) -> dict[str, Any]:
@@ -378,6 +376,10 @@ def _write_jsonl(file: Path, rows: Collection[Mapping[str, Any]]) -> None:
 
 def _count(number: int, what: str) -> str:
     return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+def _interval(low: float | None, high: float | None, form: str) -> str:
+    return "" if low is None or high is None else f" [{form.format(low)}, {form.format(high)}]".replace("-", "−")
 
 
 def _signed(value: float) -> str:

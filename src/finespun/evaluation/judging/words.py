@@ -125,7 +125,8 @@ WORDS: dict[Language, dict[str, str]] = {
         "shortcuts_pairs": "1 2 3 4 作答 · ← → 选择，回车确认",
         "shortcuts_ranking": "1 2 3 … 依次排名 · 退格键撤回 · 回车保存",
         "shortcuts_rating": "1 2 3 … 打分 · ↑ ↓ 更改 · 回车保存",
-        "shortcuts_all": "E 标记错误（← → 移动，Shift 扩选，↑ ↓ 换文本，回车标记，退格取消，Esc 结束） · C 备注 · U 撤销",
+        "shortcuts_all": "E 标记错误（← → 移动，Shift 扩选，↑ ↓ 换文本，回车标记，退格取消，"
+        "Esc 结束） · C 备注 · U 撤销",
         "intro_pairs": "您将看到一个提示，以及根据它写成的两个文本。请都读完，再选出更好的一个。如果不分高下，请说明"
         "是一样好，还是都不好。",
         "intro_ranking": "您将看到一个提示，以及根据它写成的几个文本。请全部读完，再从最好到最差排序。",
