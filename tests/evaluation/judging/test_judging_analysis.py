@@ -153,8 +153,9 @@ def test_a_preference_needs_more_than_a_few_examples(tmp_path):
         assert results.strengths[0].low is None  # nothing that could tell how wide it is
 
 
-def test_chance_is_called_a_preference_in_five_of_a_hundred_studies_at_most(tmp_path):
-    study = make_study(tmp_path, 30, annotators=2)
+@pytest.mark.parametrize("count", [10, 20, 50])
+def test_chance_is_called_a_preference_in_about_five_of_a_hundred_studies_at_most(tmp_path, count):
+    study = make_study(tmp_path, count, annotators=2)
     rng = random.Random(1)
     leaning: dict[int, int] = {}
 
@@ -165,8 +166,8 @@ def test_chance_is_called_a_preference_in_five_of_a_hundred_studies_at_most(tmp_
     called = 0
     for _ in range(100):
         leaning.clear()
-        called += analyse(study, answer_all(study, say), draws=80).preferred is not None
-    assert called <= 9
+        called += analyse(study, answer_all(study, say), draws=120).preferred is not None
+    assert called <= 10  # a rate of 5 % gives more in 1 of 100
 
 
 def test_the_sign_test_is_scipys():

@@ -321,9 +321,20 @@ def test_ranking_and_rating_by_keyboard_and_touch(browser, serving, tmp_path):
     phone.ready()
     phone.page.locator("#save").tap()
     phone.done(1)
+    person.page.reload()
+    assert person.position() is None
+    person.page.keyboard.press("u")  # takes the last answer back, which is shown again
+    assert person.page.wait_for_selector(".rank.placed")
+    assert person.position() == 1
+    assert person.page.locator(".rank output").all_inner_texts() == ["2", "1", "3"]
+    person.page.locator("#clear").click()
+    for key in "321":
+        person.page.keyboard.press(key)
+    person.page.keyboard.press("Enter")
+    person.done(1)
     process.kill()
     store = Store.open(tmp_path / "ranking.sqlite")
-    assert [answer.ranking for answer in store.progress(0).answers.values()] == [(2, 0, 1), (1, 0, 2)]
+    assert [answer.ranking for answer in store.progress(0).answers.values()] == [(2, 0, 1), (2, 1, 0)]
     store.close()
 
     rating = create_study(sources, StudySettings(method="rating", **settings))

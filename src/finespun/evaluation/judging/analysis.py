@@ -38,11 +38,15 @@ SEED = 20030815
 """Of resampling: results are the same each time. A number of its own, as resamples are not random to data that was
 simulated with the same one."""
 
-SURE = 0.975
-"""The share of resamples in which a model has to be the strongest to be called so: two-sided, at 5 %."""
+SURE = 0.98
+"""The share of resamples in which a model has to be the strongest to be called so: 0.975 is a two-sided test at 5 %,
+and resamples vary somewhat less than examples do."""
 
 FEWEST_EXAMPLES = 10
-"""Resamples of fewer examples than these say too little about what other examples would have given."""
+"""Resamples of fewer examples than these say too little about what other examples would have given for an interval."""
+
+ENOUGH_EXAMPLES = 20
+"""From so many examples on, resamples alone call chance a preference no more often than an exact test at 5 % would."""
 
 MOST_SHOWN = 10
 """Examples that are listed as deciding or as contested."""
@@ -361,13 +365,13 @@ def sign_test(first: int, second: int) -> float:
 
 
 def preferred_model(wins: NDArray[np.float64], strengths: Sequence[Strength]) -> int | None:
-    """The model that people prefer to each other one, if chance does not explain it: it is the strongest in all but few
-    resamples, and against each other model more examples speak for it (sign test at 5 %, which holds for few examples
-    too). All has to be shown at once, so nothing is corrected for the number of models."""
+    """The model that people prefer to the others, if chance does not explain it: it is the strongest in all but few
+    resamples, and where examples are few, more of them speak for it than against it in comparison with each other model
+    (sign test at 5 %)."""
     first = strengths[0]
     if first.strongest < SURE:
         return None
-    for other in strengths[1:]:
+    for other in strengths[1:] if len(wins) < ENOUGH_EXAMPLES else ():
         balance = wins[:, first.model, other.model] - wins[:, other.model, first.model]
         ahead, behind = int((balance > 1e-9).sum()), int((balance < -1e-9).sum())
         if ahead <= behind or sign_test(ahead, behind) >= 0.05:
@@ -484,7 +488,11 @@ def _deciding(
     """Each example's part in the lead of the first model over the second, the largest first; and how many of those that
     speak for the first have to be left out, the largest first, until there is no lead."""
     first, second = strengths[0].model, strengths[1].model
-    items = {vote.example: vote.item for vote in votes}
+    items: dict[int, Item] = {}
+    for vote in votes:  # of an example's items, the one that compares the two
+        written = {*vote.first.models, *vote.second.models}
+        if vote.example not in items or {first, second} <= written:
+            items[vote.example] = vote.item
 
     def lead(counts: NDArray[np.float64]) -> float:
         values = strengths_of(counts)

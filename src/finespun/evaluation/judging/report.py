@@ -20,7 +20,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from finespun.errors import DataError, RecipeError
 from finespun.evaluation.judging.analysis import MOST_SHOWN, Judgement, Pair, Results, Vote, Worker, analyse
 from finespun.evaluation.judging.store import Store
-from finespun.evaluation.judging.study import Prompt, Study
+from finespun.evaluation.judging.study import Item, Prompt, Study
 from finespun.files import write_text
 
 PAGES = Path(__file__).parent / "pages"
@@ -144,23 +144,22 @@ def results_view(results: Results) -> dict[str, Any]:
         "agreement": [
             {
                 "of": one.of,
-                "alpha": "–" if one.alpha is None else f"{one.alpha:.3f}",
+                "alpha": _alpha(one.alpha) or "–",
                 "level": one.level,
                 "units": one.units,
-                "text": f"{one.of} {'not known' if one.alpha is None else f'{one.alpha:.3f}'} ({one.level}; "
-                f"{one.units} judged by several)",
+                "text": f"{one.of} {_alpha(one.alpha) or 'not known'} ({one.level}; {one.units} judged by several)",
             }
             for one in results.agreement
         ],
         "contested": [
-            {"agreement": f"{100 * one.agreement:.0f} %", "annotators": one.annotators} | _item_view(one.item)
+            {"agreement": f"{100 * one.agreement:.0f} %", "annotators": one.annotators} | _item_view(one.item, models)
             for one in results.contested[:MOST_SHOWN]
             if one.agreement < 1
         ],
         "shared_items": len(results.contested),
         "deciding": [
             {"influence": _signed(one.influence), "wins": f"{one.wins:g}", "losses": f"{one.losses:g}"}
-            | _item_view(one.item)
+            | _item_view(one.item, models)
             for one in results.deciding[:MOST_SHOWN]
             if abs(one.influence) >= 0.005
         ],
@@ -170,7 +169,7 @@ def results_view(results: Results) -> dict[str, Any]:
         "examples": len(results.deciding),
         "workers": [_worker_view(one) for one in results.workers],
         "comments": [
-            {"annotator": one.annotator + 1, "comment": one.answer.comment} | _item_view(one.item)
+            {"annotator": one.annotator + 1, "comment": one.answer.comment} | _item_view(one.item, models)
             for one in counted
             if one.answer.comment
         ],
@@ -223,11 +222,11 @@ def _worker_view(one: Worker) -> dict[str, Any]:
     }
 
 
-def _item_view(item: Any) -> dict[str, Any]:
+def _item_view(item: Item, models: Sequence[str]) -> dict[str, Any]:
     return {
         "origin": item.origin,
         "prompt": prompt_text(item.prompt),
-        "texts": [one.text for one in item.candidates],
+        "texts": [(", ".join(models[model] for model in one.models), one.text) for one in item.candidates],
     }
 
 
@@ -380,6 +379,10 @@ def _count(number: int, what: str) -> str:
 
 def _interval(low: float | None, high: float | None, form: str) -> str:
     return "" if low is None or high is None else f" [{form.format(low)}, {form.format(high)}]".replace("-", "−")
+
+
+def _alpha(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}".replace("-", "−")
 
 
 def _signed(value: float) -> str:

@@ -225,6 +225,7 @@ const ranks = [...document.querySelectorAll(".rank")];
 function rank(place) {
   // the last place follows from the others: it comes and goes with the one before it
   const taken = place === null ? ranking.length - 1 : ranking.indexOf(place);
+  if (place !== null && taken === texts.length - 1) return;
   if (place === null || taken >= 0) ranking = ranking.slice(0, Math.max(0, Math.min(taken, texts.length - 2)));
   else ranking.push(place);
   if (ranking.length === texts.length - 1) ranking.push([...texts.keys()].find((one) => !ranking.includes(one)));
@@ -267,8 +268,10 @@ function key(event) {
   else if (letter === "c") form.elements.comment.focus();
   else if (letter === "e") walk(0);
   else if (digit && method === "pairs") choices[digit - 1] && form.requestSubmit(choices[digit - 1]);
-  else if (digit && method === "ranking") digit <= texts.length && rank(digit - 1);
-  else if (digit && method === "rating") give(digit);
+  else if (digit && method === "ranking") {
+    if (digit <= texts.length) rank(digit - 1);
+    if (complete()) document.getElementById("save").focus();
+  } else if (digit && method === "rating") give(digit);
   else if (event.key === "Backspace" && method === "ranking") rank(null);
   else if (event.key === "Enter" && method !== "pairs" && !document.activeElement.matches("button, summary, a"))
     form.requestSubmit(document.getElementById("save"));
