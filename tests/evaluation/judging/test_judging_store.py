@@ -52,6 +52,7 @@ def test_undo_is_an_event_too(store):
     assert store.progress(0).next == 2
     assert store.progress(0).undone == {2: FIRST}
     assert not store.answer(0, 2, 0, FIRST)  # what was sent before the undo, and arrives after it
+    assert not store.answer(0, 2, 2, FIRST)
     assert store.answer(0, 2, 1, TIE)
     assert store.progress(0).answers == {0: FIRST, 1: FIRST, 2: TIE}
     assert store.undo(0, 2, 1)
