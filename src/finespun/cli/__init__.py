@@ -9,6 +9,7 @@ from cyclopts import App, CycloptsError, Parameter, UnknownOptionError
 from pydantic import ValidationError
 
 from finespun.errors import FinespunError, TrainingInterrupted
+from finespun.evaluation.judging.settings import JudgeServerSettings, StudySettings
 from finespun.evaluation.settings import EvaluationSettings
 from finespun.generation.settings import Sampling
 from finespun.recipe import explain, known_keys, nearest
@@ -22,6 +23,8 @@ KEYS = [
     *Sampling.model_fields,
     *ServerSettings.model_fields,
     *EvaluationSettings.model_fields,
+    *StudySettings.model_fields,
+    *JudgeServerSettings.model_fields,
 ]
 """All that options can set."""
 
@@ -41,6 +44,7 @@ app.command("finespun.cli.evaluate:evaluate", help="Measure how good what a mode
 app.command("finespun.cli.compare:compare", help="Say which of several systems writes better, and how sure that is.")
 app.command("finespun.cli.export:export", help="Write a trained model for other programs.")
 app.command("finespun.cli.serve:serve", help="Serve models to programs that speak OpenAI's API.")
+app.command("finespun.cli.judge:app", name="judge", help="Let people compare what models wrote, blind.")
 app.command("finespun.cli.data:app", name="data", help="Look at data before a run: check, show, select.")
 app.command("finespun.cli.models:models", help="List the known models and which of them are on this machine.")
 

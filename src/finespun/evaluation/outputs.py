@@ -100,8 +100,8 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(text.removesuffix("\n").split("\n"), 1):
         try:
             value = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{file}, line {number}: is no JSON ({error.msg}). {_REMEDY}") from None
+        except ValueError as error:  # also for numbers of too many digits
+            raise DataError(f"{file}, line {number}: is no JSON ({getattr(error, 'msg', error)}). {_REMEDY}") from None
         if not isinstance(value, dict):
             raise DataError(f"{file}, line {number}: is {type(value).__name__}, not a JSON object. {_REMEDY}")
         found.append(value)
