@@ -9,8 +9,8 @@ something else, so that a prompt that begins like an earlier one is read from wh
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from operator import itemgetter
 from statistics import fmean
@@ -21,10 +21,11 @@ import torch
 from finespun.data.templates import Encoder
 from finespun.errors import DataError, GenerationError
 from finespun.generation.beams import beam_search
-from finespun.generation.cache import Part
+from finespun.generation.cache import Part, common_beginning
 from finespun.generation.constraints import Constraint, constraint_for
+from finespun.generation.drafting import Draft
 from finespun.generation.runner import Reading, runner_for
-from finespun.generation.sampling import Chooser, largest
+from finespun.generation.sampling import Chooser, Guess, largest
 from finespun.generation.settings import Sampling
 from finespun.generation.text import TextStream
 from finespun.models.adapters import LoraAdapter
@@ -88,6 +89,8 @@ class Request:
     new: list[int] = field(default_factory=list)
     computed: int = 0
     """Tokens, of prompt and continuation, that its slot has."""
+    guesses: list[Guess] = field(default_factory=list)
+    """What may come next; the pass that is being made verifies it."""
     logprobs: list[TokenLogprob] = field(default_factory=list)
     unsent: int = 0
     completion: Completion | None = None
@@ -124,11 +127,17 @@ class Request:
 
 
 class Engine:
-    """Continues requests of one model, at most `slots` at once, and as many under each of the `adapters` beside it. For
-    one thread."""
+    """Continues requests of one model, at most `slots` at once, and as many under each of the `adapters` beside it. The
+    tokens that requests want to have guessed are what `draft`, a smaller model, would write; without one, what followed
+    earlier in the text. For one thread. Raises `GenerationError` for a draft with other tokens."""
 
     def __init__(
-        self, loaded: LoadedModel, encoder: Encoder, slots: int = SLOTS, adapters: Sequence[LoraAdapter] = ()
+        self,
+        loaded: LoadedModel,
+        encoder: Encoder,
+        slots: int = SLOTS,
+        adapters: Sequence[LoraAdapter] = (),
+        draft: LoadedModel | None = None,
     ) -> None:
         keep_freed_memory()
         self._loaded, self._encoder = loaded, encoder
@@ -140,7 +149,9 @@ class Engine:
         self._waiting: deque[Request] = deque()
         self._each, self._models, self._capacity = slots, 1 + len(adapters), 0
         self._vocabulary = int(loaded.causal_lm.config.get_text_config().vocab_size)
-        self._cache_tokens = int(FOR_CACHE * memory_available(loaded.device, None) / _bytes_of_token(loaded))
+        self._draft = Draft(draft, encoder, self._vocabulary) if draft else None
+        bytes_of_token = _bytes_of_token(loaded) + (_bytes_of_token(draft) if draft else 0)
+        self._cache_tokens = int(FOR_CACHE * memory_available(loaded.device, None) / bytes_of_token)
 
     def add(
         self,
@@ -176,9 +187,11 @@ class Engine:
         self._waiting.append(request)
         return request
 
-    def running(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def running(self) -> Generator[None]:
         """Around many steps, each of which is then a millisecond faster. Inside, the model is the engine's alone."""
-        return self._runner.attending()
+        with self._runner.attending(), self._draft.running() if self._draft else nullcontext():
+            yield
 
     def cancel(self, request: Request) -> None:
         """Ends a request, whose slot is free at once; nothing happens to one that has ended."""
@@ -212,7 +225,7 @@ class Engine:
         active = sum(slot is not None for slot in self._slots)
         for request in ready:
             if any(
-                request.adapter is other.adapter and _common(request.prompt, other.prompt) >= SHARED
+                request.adapter is other.adapter and common_beginning(request.prompt, other.prompt) >= SHARED
                 for other in admitted
             ):
                 continue  # once that one is read, its beginning can be copied
@@ -220,7 +233,7 @@ class Engine:
             if slot is None:
                 return
             self._waiting.remove(request)
-            source, common = self._most_in_common(request)
+            source, common = self._most_incommon_beginning(request)
             if common < SHARED:
                 self._runner.start(slot)
             else:
@@ -255,6 +268,8 @@ class Engine:
             if active:
                 return None
             self._runner.clear()
+            if self._draft:
+                self._draft.clear()
             self._slots, self._held, self._used, self._capacity = [], [], [], 0
         wanted = min(most, wanted if self._models == 1 else max(wanted, self._models))
         if capacity > self._capacity or wanted > len(self._slots):
@@ -264,22 +279,26 @@ class Engine:
             self._used += [0] * new
             self._capacity = capacity
             self._runner.resize(len(self._slots), capacity)
+            if self._draft:
+                self._draft.resize(len(self._slots), capacity)
         free = [slot for slot, taken in enumerate(self._slots) if taken is None]
-        return min(free, key=lambda slot: (-(self._in_common(request, slot) // SHARED), self._used[slot], slot))
+        return min(
+            free, key=lambda slot: (-(self._incommon_beginning(request, slot) // SHARED), self._used[slot], slot)
+        )
 
-    def _most_in_common(self, request: Request) -> tuple[int, int]:
+    def _most_incommon_beginning(self, request: Request) -> tuple[int, int]:
         """The slot that has read most of the beginning of a prompt, and how much; at least one token is left."""
         if not self._runner.rewinds:
             return 0, 0
-        common = [self._in_common(request, slot) for slot in range(len(self._slots))]
+        common = [self._incommon_beginning(request, slot) for slot in range(len(self._slots))]
         best = max(range(len(common)), key=common.__getitem__)
         return best, min(common[best], len(request.prompt) - 1)
 
-    def _in_common(self, request: Request, slot: int) -> int:
+    def _incommon_beginning(self, request: Request, slot: int) -> int:
         """How much of the beginning of a prompt a slot has read, under the same adapter."""
         other = self._slots[slot]
         adapter, ids = self._held[slot] if other is None else (other.adapter, other.prompt[: other.computed])
-        return _common(request.prompt, ids) if adapter is request.adapter else 0
+        return common_beginning(request.prompt, ids) if adapter is request.adapter else 0
 
     def _readings(self) -> list[tuple[Request, Reading]]:
         """What the next pass reads: the last token, and guesses behind it, of all that are being written; then prompts,
@@ -287,14 +306,15 @@ class Engine:
         found: list[tuple[Request, Reading]] = []
         begin = self._runner.begin
         unread: list[tuple[int, Request]] = []
+        written: list[tuple[int, Request]] = []
         for slot, request in enumerate(self._slots):
-            if request is None:
-                continue
-            if request.new and request.computed == len(request.prompt) + len(request.new) - 1:
-                ids = [request.new[-1], *self._guess(request)]
-                found.append((request, Reading(Part(slot, begin + request.computed, ids), len(ids), request.adapter)))
-            else:
-                unread.append((slot, request))
+            if request is not None:
+                begun = request.new and request.computed == len(request.prompt) + len(request.new) - 1
+                (written if begun else unread).append((slot, request))
+        self._guess(written)
+        for slot, request in written:
+            ids = [request.new[-1], *(guess.token for guess in request.guesses)]
+            found.append((request, Reading(Part(slot, begin + request.computed, ids), len(ids), request.adapter)))
         left = max(SHARED, AT_ONCE - len(found))
         for slot, request in unread:
             ids = request.prompt[request.computed :][:left]
@@ -305,18 +325,20 @@ class Engine:
             left -= len(ids)
         return found
 
-    def _guess(self, request: Request) -> list[int]:
-        """What followed, earlier in the sequence, on the tokens that are its last."""
-        most = min(request.sampling.draft_tokens, request.room - len(request.new) - 1)
-        if most < 1 or request.constraint or not self._runner.rewinds:
-            return []
-        ids = request.ids
-        for length in (3, 2):
-            last = ids[-length:]
-            for at in range(len(ids) - length - 1, -1, -1):
-                if ids[at : at + length] == last:
-                    return ids[at + length : at + length + most]
-        return []
+    def _guess(self, written: Sequence[tuple[int, Request]]) -> None:
+        """Gives each request that wants them guesses at its next tokens."""
+        wanting: list[tuple[int, Request, int]] = []
+        for slot, request in written:
+            request.guesses = []
+            most = min(request.sampling.draft_tokens, request.room - len(request.new) - 1)
+            if most > 0 and not request.constraint and self._runner.rewinds:
+                wanting.append((slot, request, most))
+        if self._draft:
+            guessed = self._draft.propose(wanting)
+        else:
+            guessed = [_look_up(request.ids, most) for _, request, most in wanting]
+        for (_, request, _), guesses in zip(wanting, guessed, strict=True):
+            request.guesses = guesses
 
     def _continue(self, done: Sequence[tuple[Request, Reading, torch.Tensor]]) -> None:
         """Chooses the next token of each, and ends those that end."""
@@ -327,21 +349,20 @@ class Engine:
         alike = [rows for (_, _, rows), plain in zip(done, plainly, strict=True) if plain]
         tokens = iter(largest(torch.cat(alike)) if alike else [])
         for (request, reading, rows), plain in zip(done, plainly, strict=True):
-            guesses = list(reading.part.ids[len(reading.part.ids) - reading.wanted + 1 :])
             chosen = [next(tokens) for _ in range(reading.wanted)] if plain else None
             for number in range(reading.wanted):
-                guess = guesses[number] if number < len(guesses) else None
+                guess = request.guesses[number] if number < len(request.guesses) else None
                 try:
                     token = chosen[number] if chosen else self._choose(request, rows[number], guess)
                     self._take(request, token)
                 except GenerationError as error:  # the others go on
                     request.error = error
                     break
-                if request.ended or token != guess:
+                if request.ended or guess is None or token != guess.token:
                     break
             request.computed = len(request.prompt) + len(request.new) - 1
 
-    def _choose(self, request: Request, logits: torch.Tensor, guess: int | None) -> int:
+    def _choose(self, request: Request, logits: torch.Tensor, guess: Guess | None) -> int:
         constraint = request.constraint
         if guess is not None:
             token = request.choose.verify(guess, request.prompt, request.new, logits)
@@ -383,14 +404,14 @@ def _logprob(encoder: Encoder, token: int, logits: torch.Tensor, count: int) -> 
     return TokenLogprob(piece(token), token, float(logprobs[token]), top)
 
 
-def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many tokens both begin with."""
-    count = 0
-    for a, b in zip(one, other, strict=False):
-        if a != b:
-            break
-        count += 1
-    return count
+def _look_up(ids: list[int], most: int) -> list[Guess]:
+    """What followed, earlier in `ids`, on the tokens that are the last (Saxena 2023)."""
+    for length in (3, 2):
+        last = ids[-length:]
+        for at in range(len(ids) - length - 1, -1, -1):
+            if ids[at : at + length] == last:
+                return [Guess(token) for token in ids[at + length : at + length + most]]
+    return []
 
 
 def _bytes_of_token(loaded: LoadedModel) -> int:
@@ -410,11 +431,14 @@ def generate(
     sampling: Sampling,
     samples: int = 1,
     on_text: Callable[[int, int, str], None] | None = None,
+    draft: LoadedModel | None = None,
 ) -> list[list[Completion]]:
     """For each prompt (token ids) `samples` continuations.
 
-    `on_text(prompt, sample, text)` gets each new piece of text as soon as it is certain. Raises `DataError` for a
-    prompt that leaves no room in the model's context, `GenerationError` for a constraint that cannot be followed.
+    `on_text(prompt, sample, text)` gets each new piece of text as soon as it is certain; `draft` guesses tokens, where
+    `sampling` wants that. Raises `DataError` for a
+    prompt that leaves no room in the model's context, `GenerationError` for a constraint that cannot be followed, or a
+    draft with other tokens.
     """
     for number, prompt in enumerate(prompts, 1):
         try:
@@ -424,10 +448,12 @@ def generate(
     if sampling.beams > 1:
         if samples > 1:
             raise GenerationError("beams: beam search gives one text for a prompt; leave out samples.")
+        if draft:
+            raise GenerationError("beams: beam search follows several texts and takes no draft.")
         return [[completion] for completion in _with_beams(loaded, encoder, prompts, sampling)]
     if sampling.best_of > 1:
-        return _likeliest(loaded, encoder, prompts, sampling, samples)
-    engine = Engine(loaded, encoder, SLOTS)
+        return _likeliest(loaded, encoder, prompts, sampling, samples, draft)
+    engine = Engine(loaded, encoder, SLOTS, draft=draft)
     requests: dict[tuple[int, int], Request] = {}
     # prompts of a length stand side by side, and the longest do not come last, alone
     for number in sorted(range(len(prompts)), key=lambda number: -len(prompts[number])):
@@ -451,13 +477,18 @@ def room_behind(prompt: Sequence[int], sampling: Sampling, context: int) -> int:
 
 
 def _likeliest(
-    loaded: LoadedModel, encoder: Encoder, prompts: Sequence[Sequence[int]], sampling: Sampling, samples: int
+    loaded: LoadedModel,
+    encoder: Encoder,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    samples: int,
+    draft: LoadedModel | None,
 ) -> list[list[Completion]]:
     """Of each `best_of` continuations the one whose tokens are likeliest on average."""
     count, asked = sampling.best_of, sampling.logprobs is not None
     each = sampling.model_copy(update={"best_of": 1, "logprobs": sampling.logprobs or 0})
     found = []
-    for drawn in generate(loaded, encoder, prompts, each, samples * count):
+    for drawn in generate(loaded, encoder, prompts, each, samples * count, draft=draft):
         groups = (drawn[first : first + count] for first in range(0, len(drawn), count))
         best = [max(group, key=lambda completion: completion.mean_logprob or 0.0) for group in groups]
         found.append(best if asked else [replace(one, logprobs=None, mean_logprob=None) for one in best])
