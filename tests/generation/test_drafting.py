@@ -145,13 +145,52 @@ def test_a_draft_with_other_tokens_is_refused(tiny: LoadedModel, small_tokenizer
         generate(tiny, encoder, [[7]], Sampling(beams=2), draft=random_llama(small_tokenizer, 1, 400))
 
 
-def test_a_draft_writes_no_further_than_its_context(tiny: LoadedModel, small_tokenizer) -> None:
+def test_guesses_are_what_the_draft_writes_after_what_was_taken(
+    tiny: LoadedModel, small_tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the last ones were wrong, and in a slot that another text had before."""
+    encoder, (draft, twin) = Encoder(small_tokenizer, "raw"), (random_llama(small_tokenizer, 1, 400) for _ in range(2))
+    twin.model.generation_config.eos_token_id = None
+    monkeypatch.setattr(engine, "SLOTS", 2)
+    original = drafting.Draft.propose
+    proposed: list[list[int]] = []
+
+    def propose(self, writing):
+        found = original(self, writing)
+        for (_, request, count), guesses in zip(writing, found, strict=True):
+            ids, new = torch.tensor([request.ids]), [guess.token for guess in guesses]
+            alone = twin.model.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False, pad_token_id=0
+            )
+            assert new == alone[0, ids.shape[1] :].tolist()
+            proposed.append(new)
+        return found
+
+    monkeypatch.setattr(drafting.Draft, "propose", propose)
+    generate(tiny, encoder, PROMPTS[:5], Sampling(max_new_tokens=12, draft_tokens=3), draft=draft)
+    assert len(proposed) > 20, "few guesses were right"
+
+
+def test_a_draft_writes_no_further_than_its_context(
+    tiny: LoadedModel, small_tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     encoder, short = Encoder(small_tokenizer, "raw"), random_llama(small_tokenizer, 1, 400)
     short.causal_lm.config.max_position_embeddings = 16
     sampling = Sampling(max_new_tokens=40, logit_bias={0: -100.0})
     plain = generate(tiny, encoder, PROMPTS, sampling)
+    runner_for(short)
+    ends: list[int] = []
+    original = SlotRunner.logits
+
+    def logits(runner: SlotRunner, readings):
+        if runner._model is short.causal_lm:
+            ends.extend(reading.part.end for reading in readings)
+        return original(runner, readings)
+
+    monkeypatch.setattr(SlotRunner, "logits", logits)
     guessed = sampling.model_copy(update={"draft_tokens": 5})
     assert generate(tiny, encoder, PROMPTS, guessed, draft=short) == plain
+    assert max(ends) == 16
 
 
 def test_a_draft_is_named_in_python(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
