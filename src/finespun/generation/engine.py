@@ -233,7 +233,7 @@ class Engine:
             if slot is None:
                 return
             self._waiting.remove(request)
-            source, common = self._most_incommon_beginning(request)
+            source, common = self._most_in_common(request)
             if common < SHARED:
                 self._runner.start(slot)
             else:
@@ -282,19 +282,17 @@ class Engine:
             if self._draft:
                 self._draft.resize(len(self._slots), capacity)
         free = [slot for slot, taken in enumerate(self._slots) if taken is None]
-        return min(
-            free, key=lambda slot: (-(self._incommon_beginning(request, slot) // SHARED), self._used[slot], slot)
-        )
+        return min(free, key=lambda slot: (-(self._in_common(request, slot) // SHARED), self._used[slot], slot))
 
-    def _most_incommon_beginning(self, request: Request) -> tuple[int, int]:
+    def _most_in_common(self, request: Request) -> tuple[int, int]:
         """The slot that has read most of the beginning of a prompt, and how much; at least one token is left."""
         if not self._runner.rewinds:
             return 0, 0
-        common = [self._incommon_beginning(request, slot) for slot in range(len(self._slots))]
+        common = [self._in_common(request, slot) for slot in range(len(self._slots))]
         best = max(range(len(common)), key=common.__getitem__)
         return best, min(common[best], len(request.prompt) - 1)
 
-    def _incommon_beginning(self, request: Request, slot: int) -> int:
+    def _in_common(self, request: Request, slot: int) -> int:
         """How much of the beginning of a prompt a slot has read, under the same adapter."""
         other = self._slots[slot]
         adapter, ids = self._held[slot] if other is None else (other.adapter, other.prompt[: other.computed])
@@ -436,9 +434,8 @@ def generate(
     """For each prompt (token ids) `samples` continuations.
 
     `on_text(prompt, sample, text)` gets each new piece of text as soon as it is certain; `draft` guesses tokens, where
-    `sampling` wants that. Raises `DataError` for a
-    prompt that leaves no room in the model's context, `GenerationError` for a constraint that cannot be followed, or a
-    draft with other tokens.
+    `sampling` wants that. Raises `DataError` for a prompt that leaves no room in the model's context, `GenerationError`
+    for a constraint that cannot be followed, or a draft with other tokens.
     """
     for number, prompt in enumerate(prompts, 1):
         try:
