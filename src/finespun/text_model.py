@@ -24,6 +24,10 @@ from finespun.training.progress import Reporter
 Prompt = str | Sequence[Message]
 
 
+DRAFT_TOKENS = 4
+"""So many tokens a draft guesses at once, unless the person says how many."""
+
+
 class TextModel:
     """A causal language model with its tokenizer and its way of being prompted.
 
@@ -61,9 +65,9 @@ class TextModel:
         """What the model writes after `prompt`, without the prompt: a text, or a list of texts for a list of prompts.
 
         A prompt is a text or a conversation (a list of messages). Keywords are the fields of `Sampling`, such as
-        `max_new_tokens`, `temperature`, `stop` and `seed`. Greedy by default. Raises `RecipeError` for a setting that
-        cannot be, `DataError` for a prompt that does not fit, `GenerationError` for a constraint that cannot be
-        followed.
+        `max_new_tokens`, `temperature`, `stop` and `seed`, and `draft` (see `complete`). Greedy by default. Raises
+        `RecipeError` for a setting that cannot be, `DataError` for a prompt that does not fit, `GenerationError` for a
+        constraint that cannot be followed.
         """
         if isinstance(prompt, str):
             return self.complete([prompt], **sampling)[0][0].text
@@ -74,10 +78,15 @@ class TextModel:
         prompts: Sequence[Prompt],
         samples: int = 1,
         on_text: Callable[[int, int, str], None] | None = None,
+        draft: TextModel | str | Path | None = None,
         **sampling: Any,
     ) -> list[list[Completion]]:
         """`samples` continuations of each prompt, with the reason why each ended and its counts of tokens.
-        `on_text(prompt, sample, text)` gets each new piece of text as it is written."""
+        `on_text(prompt, sample, text)` gets each new piece of text as it is written. `draft`, a smaller model with the
+        same tokens, guesses `draft_tokens` at once, which makes a large one faster and changes nothing of what it
+        writes; `GenerationError` for one with other tokens."""
+        if draft is not None:
+            sampling = {"draft_tokens": DRAFT_TOKENS} | sampling
         try:
             settings = Sampling(**sampling)
         except ValidationError as error:
@@ -85,7 +94,11 @@ class TextModel:
         if samples < 1:
             raise RecipeError(f"`samples` should be at least 1 (given: {samples})")
         encoded = [self.encoder.encode_prompt(prompt) for prompt in prompts]
-        return generate(self._loaded, self.encoder, encoded, settings, samples, on_text)
+        if isinstance(draft, str | Path):
+            draft = TextModel.load(draft)
+        return generate(
+            self._loaded, self.encoder, encoded, settings, samples, on_text, draft._loaded if draft else None
+        )
 
     def finetune(self, data: str | Path | Items | Mapping[str, Any], quiet: bool = False, **keywords: Any) -> TextModel:
         """Trains this model on `data`: a file or folder, a list of texts or of dicts, or the keys of the recipe's

@@ -20,7 +20,7 @@ from finespun.errors import DataError, GenerationError
 from finespun.generation import engine
 from finespun.generation.engine import Engine, TokenLogprob, generate
 from finespun.generation.runner import Reading, SingleRunner, SlotRunner, runner_for
-from finespun.generation.sampling import Chooser
+from finespun.generation.sampling import Chooser, Guess
 from finespun.generation.settings import Sampling
 from finespun.models.load import LoadedModel, compute_in
 from finespun.models.prepacked import can_prepack
@@ -325,7 +325,7 @@ def test_guessed_tokens_follow_the_models_distribution() -> None:
     logits = torch.randn(6)
     choose = Chooser(Sampling(temperature=1.0))
     for guess in (int(logits.argmax()), int(logits.argmin())):
-        drawn = Counter(choose.verify(guess, [0], [], logits) for _ in range(4000))
+        drawn = Counter(choose.verify(Guess(guess), [0], [], logits) for _ in range(4000))
         assert chi_square_p([drawn[token] for token in range(6)], logits.softmax(0).tolist()) > 1e-4
 
 

@@ -24,6 +24,7 @@ def generate(
     *,
     prompts_file: Path | None = None,
     samples: int = 1,
+    draft: str | None = None,
     sampling: Annotated[Sampling | None, Parameter(name="*")] = None,
 ) -> None:
     """Write with a model: on a terminal as it is written, else as one JSON object a text.
@@ -40,6 +41,8 @@ def generate(
         More of them: a .txt file with one a line, or a .jsonl file with `prompt` or `messages`.
     samples
         Texts for each prompt.
+    draft
+        A smaller model with the same tokens, which guesses several at once: a large model writes the same, faster.
     """
     asked: list[Prompt] = [*(prompts or []), *(_read_prompts(prompts_file) if prompts_file else [])]
     if not asked:
@@ -53,10 +56,12 @@ def generate(
     writer = TextModel.load(model)
     terminal = sys.stdout.isatty()
     if terminal and len(asked) * samples == 1:
-        writer.complete(asked, on_text=lambda prompt, sample, text: print(text, end="", flush=True), **settings)
+        writer.complete(
+            asked, on_text=lambda prompt, sample, text: print(text, end="", flush=True), draft=draft, **settings
+        )
         print()
         return
-    for prompt, completions in zip(asked, writer.complete(asked, samples, **settings), strict=True):
+    for prompt, completions in zip(asked, writer.complete(asked, samples, draft=draft, **settings), strict=True):
         for number, completion in enumerate(completions, 1):
             if terminal:
                 words = prompt if isinstance(prompt, str) else prompt[-1]["content"]

@@ -164,6 +164,16 @@ def _neighbours(parts: Sequence[Part]) -> list[list[Part]]:
     return groups
 
 
+def common_beginning(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens both begin with."""
+    count = 0
+    for a, b in zip(one, other, strict=False):
+        if a != b:
+            break
+        count += 1
+    return count
+
+
 def slot_attention(
     module: torch.nn.Module,
     query: torch.Tensor,

@@ -8,10 +8,11 @@ something else, so that a prompt that begins like an earlier one is read from wh
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from operator import itemgetter
 from statistics import fmean
 from typing import Literal
 
@@ -20,12 +21,14 @@ import torch
 from finespun.data.templates import Encoder
 from finespun.errors import DataError, GenerationError
 from finespun.generation.beams import beam_search
-from finespun.generation.cache import Part
+from finespun.generation.cache import Part, common_beginning
 from finespun.generation.constraints import Constraint, constraint_for
+from finespun.generation.drafting import Draft
 from finespun.generation.runner import Reading, runner_for
-from finespun.generation.sampling import Chooser, largest
+from finespun.generation.sampling import Chooser, Guess, largest
 from finespun.generation.settings import Sampling
 from finespun.generation.text import TextStream
+from finespun.models.adapters import LoraAdapter
 from finespun.models.linear_cross_entropy import accumulation_type
 from finespun.models.load import LoadedModel
 from finespun.training.memory import keep_freed_memory, memory_available
@@ -76,6 +79,8 @@ class Request:
 
     prompt: list[int]
     sampling: Sampling
+    encoder: Encoder
+    adapter: LoraAdapter | None
     choose: Chooser
     stream: TextStream
     constraint: Constraint | None
@@ -84,6 +89,8 @@ class Request:
     new: list[int] = field(default_factory=list)
     computed: int = 0
     """Tokens, of prompt and continuation, that its slot has."""
+    guesses: list[Guess] = field(default_factory=list)
+    """What may come next; the pass that is being made verifies it."""
     logprobs: list[TokenLogprob] = field(default_factory=list)
     unsent: int = 0
     completion: Completion | None = None
@@ -120,48 +127,71 @@ class Request:
 
 
 class Engine:
-    """Continues requests of one model, at most `slots` at once. For one thread."""
+    """Continues requests of one model, at most `slots` at once, and as many under each of the `adapters` beside it. The
+    tokens that requests want to have guessed are what `draft`, a smaller model, would write; without one, what followed
+    earlier in the text. For one thread. Raises `GenerationError` for a draft with other tokens."""
 
-    def __init__(self, loaded: LoadedModel, encoder: Encoder, slots: int = SLOTS) -> None:
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        encoder: Encoder,
+        slots: int = SLOTS,
+        adapters: Sequence[LoraAdapter] = (),
+        draft: LoadedModel | None = None,
+    ) -> None:
         keep_freed_memory()
         self._loaded, self._encoder = loaded, encoder
-        self._runner = runner_for(loaded)
+        self._runner = runner_for(loaded, adapters)
         self._slots: list[Request | None] = []
-        self._held: list[list[int]] = []  # what the slots have read, of requests that have ended
+        self._held: list[tuple[LoraAdapter | None, list[int]]] = []  # what the slots have read for what has ended
         self._used: list[int] = []  # the pass in which a slot was given away
         self._passes = 0
         self._waiting: deque[Request] = deque()
-        self._most, self._capacity = slots, 0
+        self._each, self._models, self._capacity = slots, 1 + len(adapters), 0
         self._vocabulary = int(loaded.causal_lm.config.get_text_config().vocab_size)
-        self._cache_tokens = int(FOR_CACHE * memory_available(loaded.device, None) / _bytes_of_token(loaded))
+        self._draft = Draft(draft, encoder, self._vocabulary) if draft else None
+        bytes_of_token = _bytes_of_token(loaded) + (_bytes_of_token(draft) if draft else 0)
+        self._cache_tokens = int(FOR_CACHE * memory_available(loaded.device, None) / bytes_of_token)
 
-    def add(self, prompt: Sequence[int], sampling: Sampling, sample: int = 0, on_text: OnText | None = None) -> Request:
+    def add(
+        self,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        sample: int = 0,
+        on_text: OnText | None = None,
+        adapter: LoraAdapter | None = None,
+        encoder: Encoder | None = None,
+    ) -> Request:
         """A new request, which the coming passes continue; the `sample`-th of its prompt. `on_text` gets each new piece
-        of text as soon as it is certain, with the log-probabilities of its tokens if these are asked for. Raises
-        `DataError` for a prompt that leaves no room in the model's context, `GenerationError` for a constraint that
-        cannot be followed."""
+        of text as soon as it is certain, with the log-probabilities of its tokens if these are asked for. `adapter` is
+        one of the engine's, `encoder` the one that goes with it. Raises `DataError` for a prompt that leaves no room in
+        the model's context, `GenerationError` for a constraint that cannot be followed."""
         if given := sampling.changed("beams", "best_of"):
             raise GenerationError(f"{given[0]}: is for prompts that are all there at the beginning.")
         room = room_behind(prompt, sampling, self._loaded.context_length)
         unknown = [token for token in sampling.logit_bias if not 0 <= token < self._vocabulary]
         if unknown:
             raise GenerationError(f"logit_bias: there is no token {unknown[0]}; ids go to {self._vocabulary - 1}.")
-        stop_ids = self._encoder.stop_ids
+        encoder = encoder or self._encoder
         request = Request(
             list(prompt),
             sampling,
-            Chooser(sampling, sample, stop_ids),
-            TextStream(self._encoder, sampling.stop),
-            constraint_for(sampling, self._encoder.tokenizer, stop_ids, self._vocabulary),
+            encoder,
+            adapter,
+            Chooser(sampling, sample, encoder.stop_ids),
+            TextStream(encoder, sampling.stop),
+            constraint_for(sampling, encoder.tokenizer, encoder.stop_ids, self._vocabulary),
             on_text,
             room,
         )
         self._waiting.append(request)
         return request
 
-    def running(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def running(self) -> Generator[None]:
         """Around many steps, each of which is then a millisecond faster. Inside, the model is the engine's alone."""
-        return self._runner.attending()
+        with self._runner.attending(), self._draft.running() if self._draft else nullcontext():
+            yield
 
     def cancel(self, request: Request) -> None:
         """Ends a request, whose slot is free at once; nothing happens to one that has ended."""
@@ -189,16 +219,21 @@ class Engine:
         return bool(self._waiting) or any(self._slots)
 
     def _admit(self) -> None:
-        """Gives slots to those that wait, in their order."""
+        """Gives slots to those that wait."""
         admitted: list[Request] = []
-        for request in list(self._waiting):
-            if any(_common(request.prompt, other.prompt) >= SHARED for other in admitted):
+        ready = self._ready()
+        active = sum(slot is not None for slot in self._slots)
+        for request in ready:
+            if any(
+                request.adapter is other.adapter and common_beginning(request.prompt, other.prompt) >= SHARED
+                for other in admitted
+            ):
                 continue  # once that one is read, its beginning can be copied
-            slot = self._free_slot(request)
+            slot = self._free_slot(request, active + len(ready))
             if slot is None:
                 return
             self._waiting.remove(request)
-            source, common = self._most_in_common(request.prompt)
+            source, common = self._most_in_common(request)
             if common < SHARED:
                 self._runner.start(slot)
             else:
@@ -209,11 +244,23 @@ class Engine:
             if not request.computed:
                 admitted.append(request)
 
-    def _free_slot(self, request: Request) -> int | None:
-        """A slot with room for `request`: the one that begins like it, or the one that was given away longest ago."""
+    def _ready(self) -> list[Request]:
+        """Those that wait and may have a slot: in their order, but of all adapters the first before the second of
+        any."""
+        counts = Counter(request.adapter for request in self._slots if request is not None)
+        found: list[tuple[int, Request]] = []
+        for request in self._waiting:
+            if counts[request.adapter] < self._each:
+                counts[request.adapter] += 1
+                found.append((counts[request.adapter], request))
+        return [request for _, request in sorted(found, key=itemgetter(0))]
+
+    def _free_slot(self, request: Request, wanted: int) -> int | None:
+        """A slot with room for `request`, of as many as are `wanted` in all: the one that begins like it, or the one
+        that was given away longest ago."""
         need = self._runner.begin + len(request.prompt) + request.room
         capacity = max(self._capacity, -(-need // 64) * 64)
-        most = max(1, min(self._most, self._cache_tokens // capacity))
+        most = max(1, min(self._each * self._models, self._cache_tokens // capacity))
         active = sum(slot is not None for slot in self._slots)
         if active >= most:
             return None
@@ -221,30 +268,35 @@ class Engine:
             if active:
                 return None
             self._runner.clear()
+            if self._draft:
+                self._draft.clear()
             self._slots, self._held, self._used, self._capacity = [], [], [], 0
-        wanted = min(most, active + len(self._waiting))
+        wanted = min(most, wanted if self._models == 1 else max(wanted, self._models))
         if capacity > self._capacity or wanted > len(self._slots):
             new = max(0, wanted - len(self._slots))
             self._slots += [None] * new
-            self._held += [[] for _ in range(new)]
+            self._held += [(None, [])] * new
             self._used += [0] * new
             self._capacity = capacity
             self._runner.resize(len(self._slots), capacity)
+            if self._draft:
+                self._draft.resize(len(self._slots), capacity)
         free = [slot for slot, taken in enumerate(self._slots) if taken is None]
-        return min(
-            free, key=lambda slot: (-(_common(request.prompt, self._held[slot]) // SHARED), self._used[slot], slot)
-        )
+        return min(free, key=lambda slot: (-(self._in_common(request, slot) // SHARED), self._used[slot], slot))
 
-    def _most_in_common(self, prompt: list[int]) -> tuple[int, int]:
-        """The slot that has read most of the beginning of `prompt`, and how much; at least one token is left."""
+    def _most_in_common(self, request: Request) -> tuple[int, int]:
+        """The slot that has read most of the beginning of a prompt, and how much; at least one token is left."""
         if not self._runner.rewinds:
             return 0, 0
-        common = [
-            _common(prompt, held) if request is None else min(_common(prompt, request.prompt), request.computed)
-            for request, held in zip(self._slots, self._held, strict=True)
-        ]
+        common = [self._in_common(request, slot) for slot in range(len(self._slots))]
         best = max(range(len(common)), key=common.__getitem__)
-        return best, min(common[best], len(prompt) - 1)
+        return best, min(common[best], len(request.prompt) - 1)
+
+    def _in_common(self, request: Request, slot: int) -> int:
+        """How much of the beginning of a prompt a slot has read, under the same adapter."""
+        other = self._slots[slot]
+        adapter, ids = self._held[slot] if other is None else (other.adapter, other.prompt[: other.computed])
+        return common_beginning(request.prompt, ids) if adapter is request.adapter else 0
 
     def _readings(self) -> list[tuple[Request, Reading]]:
         """What the next pass reads: the last token, and guesses behind it, of all that are being written; then prompts,
@@ -252,36 +304,39 @@ class Engine:
         found: list[tuple[Request, Reading]] = []
         begin = self._runner.begin
         unread: list[tuple[int, Request]] = []
+        written: list[tuple[int, Request]] = []
         for slot, request in enumerate(self._slots):
-            if request is None:
-                continue
-            if request.new and request.computed == len(request.prompt) + len(request.new) - 1:
-                ids = [request.new[-1], *self._guess(request)]
-                found.append((request, Reading(Part(slot, begin + request.computed, ids), len(ids))))
-            else:
-                unread.append((slot, request))
+            if request is not None:
+                begun = request.new and request.computed == len(request.prompt) + len(request.new) - 1
+                (written if begun else unread).append((slot, request))
+        self._guess(written)
+        for slot, request in written:
+            ids = [request.new[-1], *(guess.token for guess in request.guesses)]
+            found.append((request, Reading(Part(slot, begin + request.computed, ids), len(ids), request.adapter)))
         left = max(SHARED, AT_ONCE - len(found))
         for slot, request in unread:
             ids = request.prompt[request.computed :][:left]
             if not ids:
                 break
             done = request.computed + len(ids) == len(request.prompt)
-            found.append((request, Reading(Part(slot, begin + request.computed, ids), int(done))))
+            found.append((request, Reading(Part(slot, begin + request.computed, ids), int(done), request.adapter)))
             left -= len(ids)
         return found
 
-    def _guess(self, request: Request) -> list[int]:
-        """What followed, earlier in the sequence, on the tokens that are its last."""
-        most = min(request.sampling.draft_tokens, request.room - len(request.new) - 1)
-        if most < 1 or request.constraint or not self._runner.rewinds:
-            return []
-        ids = request.ids
-        for length in (3, 2):
-            last = ids[-length:]
-            for at in range(len(ids) - length - 1, -1, -1):
-                if ids[at : at + length] == last:
-                    return ids[at + length : at + length + most]
-        return []
+    def _guess(self, written: Sequence[tuple[int, Request]]) -> None:
+        """Gives each request that wants them guesses at its next tokens."""
+        wanting: list[tuple[int, Request, int]] = []
+        for slot, request in written:
+            request.guesses = []
+            most = min(request.sampling.draft_tokens, request.room - len(request.new) - 1)
+            if most > 0 and not request.constraint and self._runner.rewinds:
+                wanting.append((slot, request, most))
+        if self._draft:
+            guessed = self._draft.propose(wanting)
+        else:
+            guessed = [_look_up(request.ids, most) for _, request, most in wanting]
+        for (_, request, _), guesses in zip(wanting, guessed, strict=True):
+            request.guesses = guesses
 
     def _continue(self, done: Sequence[tuple[Request, Reading, torch.Tensor]]) -> None:
         """Chooses the next token of each, and ends those that end."""
@@ -292,21 +347,20 @@ class Engine:
         alike = [rows for (_, _, rows), plain in zip(done, plainly, strict=True) if plain]
         tokens = iter(largest(torch.cat(alike)) if alike else [])
         for (request, reading, rows), plain in zip(done, plainly, strict=True):
-            guesses = list(reading.part.ids[len(reading.part.ids) - reading.wanted + 1 :])
             chosen = [next(tokens) for _ in range(reading.wanted)] if plain else None
             for number in range(reading.wanted):
-                guess = guesses[number] if number < len(guesses) else None
+                guess = request.guesses[number] if number < len(request.guesses) else None
                 try:
                     token = chosen[number] if chosen else self._choose(request, rows[number], guess)
                     self._take(request, token)
                 except GenerationError as error:  # the others go on
                     request.error = error
                     break
-                if request.ended or token != guess:
+                if request.ended or guess is None or token != guess.token:
                     break
             request.computed = len(request.prompt) + len(request.new) - 1
 
-    def _choose(self, request: Request, logits: torch.Tensor, guess: int | None) -> int:
+    def _choose(self, request: Request, logits: torch.Tensor, guess: Guess | None) -> int:
         constraint = request.constraint
         if guess is not None:
             token = request.choose.verify(guess, request.prompt, request.new, logits)
@@ -314,21 +368,12 @@ class Engine:
             allowed = constraint.allowed() if constraint else None
             token = request.choose(request.prompt, request.new, logits, allowed)
         if request.sampling.logprobs is not None:
-            request.logprobs.append(self._logprob(token, logits, request.sampling.logprobs))
+            request.logprobs.append(_logprob(request.encoder, token, logits, request.sampling.logprobs))
         return token
-
-    def _logprob(self, token: int, logits: torch.Tensor, count: int) -> TokenLogprob:
-        logprobs = logits.float().log_softmax(-1)
-        values, ids = logprobs.topk(count)
-        top = tuple((self._piece(i), i, v) for i, v in zip(ids.tolist(), values.tolist(), strict=True))
-        return TokenLogprob(self._piece(token), token, float(logprobs[token]), top)
-
-    def _piece(self, token: int) -> str:
-        return self._encoder.decode([token], skip_special_tokens=False)
 
     def _take(self, request: Request, token: int) -> None:
         """Adds `token` to a request, which may end it."""
-        if token in self._encoder.stop_ids:
+        if token in request.encoder.stop_ids:
             request.finish("stop")
             return
         request.new.append(token)
@@ -343,18 +388,28 @@ class Engine:
     def _release(self, slot: int) -> None:
         request = self._slots[slot]
         assert request is not None  # only taken slots are released
-        self._held[slot] = request.ids[: request.computed]
+        self._held[slot] = request.adapter, request.ids[: request.computed]
         self._slots[slot] = None
 
 
-def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many tokens both begin with."""
-    count = 0
-    for a, b in zip(one, other, strict=False):
-        if a != b:
-            break
-        count += 1
-    return count
+def _logprob(encoder: Encoder, token: int, logits: torch.Tensor, count: int) -> TokenLogprob:
+    def piece(token: int) -> str:
+        return encoder.decode([token], skip_special_tokens=False)
+
+    logprobs = logits.float().log_softmax(-1)
+    values, ids = logprobs.topk(count)
+    top = tuple((piece(i), i, v) for i, v in zip(ids.tolist(), values.tolist(), strict=True))
+    return TokenLogprob(piece(token), token, float(logprobs[token]), top)
+
+
+def _look_up(ids: list[int], most: int) -> list[Guess]:
+    """What followed, earlier in `ids`, on the tokens that are the last (Saxena 2023)."""
+    for length in (3, 2):
+        last = ids[-length:]
+        for at in range(len(ids) - length - 1, -1, -1):
+            if ids[at : at + length] == last:
+                return [Guess(token) for token in ids[at + length : at + length + most]]
+    return []
 
 
 def _bytes_of_token(loaded: LoadedModel) -> int:
@@ -374,11 +429,13 @@ def generate(
     sampling: Sampling,
     samples: int = 1,
     on_text: Callable[[int, int, str], None] | None = None,
+    draft: LoadedModel | None = None,
 ) -> list[list[Completion]]:
     """For each prompt (token ids) `samples` continuations.
 
-    `on_text(prompt, sample, text)` gets each new piece of text as soon as it is certain. Raises `DataError` for a
-    prompt that leaves no room in the model's context, `GenerationError` for a constraint that cannot be followed.
+    `on_text(prompt, sample, text)` gets each new piece of text as soon as it is certain; `draft` guesses tokens, where
+    `sampling` wants that. Raises `DataError` for a prompt that leaves no room in the model's context, `GenerationError`
+    for a constraint that cannot be followed, or a draft with other tokens.
     """
     for number, prompt in enumerate(prompts, 1):
         try:
@@ -388,10 +445,12 @@ def generate(
     if sampling.beams > 1:
         if samples > 1:
             raise GenerationError("beams: beam search gives one text for a prompt; leave out samples.")
+        if draft:
+            raise GenerationError("beams: beam search follows several texts and takes no draft.")
         return [[completion] for completion in _with_beams(loaded, encoder, prompts, sampling)]
     if sampling.best_of > 1:
-        return _likeliest(loaded, encoder, prompts, sampling, samples)
-    engine = Engine(loaded, encoder, SLOTS)
+        return _likeliest(loaded, encoder, prompts, sampling, samples, draft)
+    engine = Engine(loaded, encoder, SLOTS, draft=draft)
     requests: dict[tuple[int, int], Request] = {}
     # prompts of a length stand side by side, and the longest do not come last, alone
     for number in sorted(range(len(prompts)), key=lambda number: -len(prompts[number])):
@@ -415,13 +474,18 @@ def room_behind(prompt: Sequence[int], sampling: Sampling, context: int) -> int:
 
 
 def _likeliest(
-    loaded: LoadedModel, encoder: Encoder, prompts: Sequence[Sequence[int]], sampling: Sampling, samples: int
+    loaded: LoadedModel,
+    encoder: Encoder,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    samples: int,
+    draft: LoadedModel | None,
 ) -> list[list[Completion]]:
     """Of each `best_of` continuations the one whose tokens are likeliest on average."""
     count, asked = sampling.best_of, sampling.logprobs is not None
     each = sampling.model_copy(update={"best_of": 1, "logprobs": sampling.logprobs or 0})
     found = []
-    for drawn in generate(loaded, encoder, prompts, each, samples * count):
+    for drawn in generate(loaded, encoder, prompts, each, samples * count, draft=draft):
         groups = (drawn[first : first + count] for first in range(0, len(drawn), count))
         best = [max(group, key=lambda completion: completion.mean_logprob or 0.0) for group in groups]
         found.append(best if asked else [replace(one, logprobs=None, mean_logprob=None) for one in best])

@@ -13,7 +13,7 @@ import torch
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from finespun.generation.cache import NAME, Part, SlotCache, Step
-from finespun.models.adapters import soft_prompt_cache
+from finespun.models.adapters import LoraAdapter, MixedAdapters, soft_prompt_cache
 from finespun.models.attention import attending, same_up_to_rounding, windows_of
 from finespun.models.load import LoadedModel
 from finespun.models.prepacked import Prepacked
@@ -21,10 +21,12 @@ from finespun.models.prepacked import Prepacked
 
 @dataclass(frozen=True)
 class Reading:
-    """Tokens to read, and of how many of them, from the last one back, the logits are wanted."""
+    """Tokens to read, and of how many of them, from the last one back, the logits are wanted; under `adapter`, one of
+    those that the runner was made with, if there is one."""
 
     part: Part
     wanted: int
+    adapter: LoraAdapter | None = None
 
 
 class Runner(Protocol):
@@ -60,13 +62,13 @@ class Runner(Protocol):
         ...
 
 
-def runner_for(loaded: LoadedModel) -> Runner:
-    """The faster runner that is exact for this model."""
+def runner_for(loaded: LoadedModel, adapters: Sequence[LoraAdapter] = ()) -> Runner:
+    """The faster runner that is exact for this model; each reading may have its own of `adapters`."""
     model = loaded.causal_lm
     if model not in _exact:
         _exact[model] = _is_exact(model)
     prompt = soft_prompt_cache(loaded.model, rows=1)
-    return SlotRunner(model, prompt) if _exact[model] else SingleRunner(loaded)
+    return SlotRunner(model, prompt, adapters) if _exact[model] else SingleRunner(loaded, adapters)
 
 
 _exact: weakref.WeakKeyDictionary[PreTrainedModel, bool] = weakref.WeakKeyDictionary()
@@ -77,8 +79,14 @@ class SlotRunner:
 
     rewinds = True
 
-    def __init__(self, model: PreTrainedModel, soft_prompt: tuple[Cache, int] | None = None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        soft_prompt: tuple[Cache, int] | None = None,
+        adapters: Sequence[LoraAdapter] = (),
+    ) -> None:
         self._model = model
+        self._adapters = MixedAdapters(adapters)
         self._prepacked: Prepacked | None = None
         self._inside = False
         self._cache = SlotCache(0, 0)
@@ -107,8 +115,8 @@ class SlotRunner:
         if self._inside:
             yield
             return
-        self._prepacked = self._prepacked or Prepacked(self._model)
-        with attending(self._model, NAME), self._prepacked.used():
+        self._prepacked = self._prepacked or Prepacked(torch.nn.ModuleList([self._model, *self._adapters.modules]))
+        with attending(self._model, NAME), self._prepacked.used(), self._adapters.used():
             self._inside = True
             try:
                 yield
@@ -122,6 +130,7 @@ class SlotRunner:
         ordered = [*written, *fresh, *read]
         parts = ([r.part for r in kind] for kind in (written, fresh, read))
         step = Step(self._cache, *parts, device=self._model.device)
+        self._adapters.choose(_tokens_of_adapters(ordered, step.ids.device))
         ends = torch.tensor([len(r.part.ids) for r in ordered]).cumsum(0).tolist()
         wanted = [row for r, end in zip(ordered, ends, strict=True) for row in range(end - r.wanted, end)]
         output = self._model(
@@ -136,14 +145,29 @@ class SlotRunner:
         return [found[id(reading)] for reading in readings]
 
 
+def _tokens_of_adapters(readings: Sequence[Reading], device: torch.device) -> dict[LoraAdapter, torch.Tensor | None]:
+    """For each adapter the places of its tokens in the row that `readings` make; None where that is all of them."""
+    places: dict[LoraAdapter | None, list[int]] = {}
+    end = 0
+    for reading in readings:
+        begin, end = end, end + len(reading.part.ids)
+        places.setdefault(reading.adapter, []).extend(range(begin, end))
+    return {
+        adapter: torch.tensor(tokens, device=device) if len(places) > 1 else None
+        for adapter, tokens in places.items()
+        if adapter is not None
+    }
+
+
 class SingleRunner:
     """A sequence at a time, in the model's own way."""
 
     rewinds = False
 
-    def __init__(self, loaded: LoadedModel) -> None:
+    def __init__(self, loaded: LoadedModel, adapters: Sequence[LoraAdapter] = ()) -> None:
         self._loaded = loaded
         self._model = loaded.causal_lm
+        self._adapters = MixedAdapters(adapters)
         self._caches: dict[int, DynamicCache] = {}
         prompt = soft_prompt_cache(loaded.model, rows=1)
         self.begin = prompt[1] if prompt else 0
@@ -165,9 +189,11 @@ class SingleRunner:
         return nullcontext()
 
     def logits(self, readings: Sequence[Reading]) -> list[torch.Tensor]:
-        return [self._of_one(reading) for reading in readings]
+        with self._adapters.used():
+            return [self._of_one(reading) for reading in readings]
 
     def _of_one(self, reading: Reading) -> torch.Tensor:
+        self._adapters.choose({reading.adapter: None} if reading.adapter else {})
         output = self._model(
             input_ids=torch.tensor([list(reading.part.ids)], device=self._model.device),
             past_key_values=self._caches[reading.part.slot],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Sequence
+from typing import NamedTuple
 
 import torch
 from transformers import LogitsProcessorList
@@ -18,6 +19,14 @@ from transformers.generation.logits_process import (
 )
 
 from finespun.generation.settings import Sampling
+
+
+class Guess(NamedTuple):
+    """A token that may come next, to be verified. `odds` `[vocab]` are the probabilities that it was drawn with; None
+    for one that was certain."""
+
+    token: int
+    odds: torch.Tensor | None = None
 
 
 def largest(logits: torch.Tensor) -> list[int]:
@@ -69,17 +78,29 @@ class Chooser:
             return largest(scores[None])[0]
         return self._draw(scores.softmax(-1))
 
-    def verify(self, guess: int, prompt: Sequence[int], new: Sequence[int], logits: torch.Tensor) -> int:
-        """The next token where `guess` has been made: with probability p(guess) that one, else one drawn from the
-        others; together the model's own distribution (Leviathan et al. 2023, for guesses that are certain)."""
+    def propose(self, prompt: Sequence[int], new: Sequence[int], logits: torch.Tensor) -> Guess:
+        """A guess by the `logits` of another model, chosen as this chooses tokens."""
+        scores = self._scores(prompt, new, logits, None)
+        if self.greedy:
+            return Guess(largest(scores[None])[0])
+        odds = scores.softmax(-1)
+        return Guess(self._draw(odds), odds)
+
+    def verify(self, guess: Guess, prompt: Sequence[int], new: Sequence[int], logits: torch.Tensor) -> int:
+        """The next token where a guess x has been made with odds q: with probability min(1, p(x) / q(x)) that one, else
+        one drawn from max(0, p - q); together the model's own distribution p (Leviathan et al. 2023,
+        arXiv:2211.17192)."""
         scores = self._scores(prompt, new, logits, None)
         if self.greedy:
             return largest(scores[None])[0]
+        token, odds = guess
+        if odds is None:
+            odds = torch.nn.functional.one_hot(torch.tensor(token), len(scores)).to(scores.dtype)
         probabilities = scores.softmax(-1)
-        if float(torch.rand((), generator=self._generator)) < float(probabilities[guess]):
-            return guess
-        probabilities[guess] = 0.0
-        return self._draw(probabilities)
+        if float(torch.rand((), generator=self._generator)) * float(odds[token]) < float(probabilities[token]):
+            return token
+        rest = (probabilities - odds).clamp(min=0)
+        return self._draw(rest if rest.any() else probabilities)  # both are the same up to rounding
 
     def _draw(self, probabilities: torch.Tensor) -> int:
         return int(torch.multinomial(probabilities, 1, generator=self._generator))

@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import safe_open
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from finespun.errors import ModelError
-from finespun.models.load import quiet_transformers
+from finespun.models import load
+from finespun.models.catalog import Location, locate, weights_sha256
+from finespun.models.load import LoadedModel, Precision, compute_in, convert_packaged, quiet_transformers, read_origin
 from finespun.recipe import LoraRecipe, SoftPromptRecipe
 
 if TYPE_CHECKING:
     from peft import PeftModel
+
+MAY_DIFFER = {
+    *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
+    *("inference_mode", "r", "rank_pattern", "lora_alpha", "alpha_pattern", "use_rslora", "lora_dropout"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out"),
+}
+"""What peft's configs of plain LoRA adapters may say; any other field that is set means more than W + scale × B A."""
 
 
 def add_lora(model: PreTrainedModel, recipe: LoraRecipe, new_tokens: Sequence[int] = ()) -> PeftModel:
@@ -155,3 +169,154 @@ def merge(model: Any) -> PreTrainedModel:
         model = get_peft_model(base, config, autocast_adapter_dtype=False)
         set_peft_model_state_dict(model, state)
     return model.merge_and_unload()
+
+
+@dataclass(eq=False)
+class LoraAdapter:
+    """A LoRA adapter apart from its model: of each layer that it changes, A, B and the scale of their product. Without
+    layers it is the model as it is."""
+
+    layers: dict[torch.nn.Module, tuple[torch.nn.Linear, torch.nn.Linear, float]] = field(default_factory=dict)
+
+
+class MixedAdapters:
+    """Several `LoraAdapter`s of one model, each of which changes its own tokens of a pass: y + scale × B A x (Chen et
+    al. 2023, arXiv:2310.18547)."""
+
+    def __init__(self, adapters: Sequence[LoraAdapter]) -> None:
+        self._layers = {layer for adapter in adapters for layer in adapter.layers}
+        self.modules = [part for adapter in adapters for a, b, _ in adapter.layers.values() for part in (a, b)]
+        self._tokens: list[tuple[LoraAdapter, torch.Tensor | None]] = []
+
+    def choose(self, tokens: Mapping[LoraAdapter, torch.Tensor | None]) -> None:
+        """Which tokens `[n]` of the coming passes, by their places, each adapter changes; None for all."""
+        self._tokens = list(tokens.items())
+
+    @contextmanager
+    def used(self) -> Generator[None]:
+        """Inside, the model's layers have the adapters beside them."""
+        with ExitStack() as stack:
+            for layer in self._layers:
+                stack.callback(layer.register_forward_hook(self._add).remove)
+            yield
+
+    def _add(self, layer: torch.nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
+        (x,) = inputs
+        for adapter, tokens in self._tokens:
+            if (found := adapter.layers.get(layer)) is None:
+                continue
+            a, b, scale = found
+            if tokens is None:
+                output = output + b(a(x)) * scale
+            else:
+                output.index_add_(-2, tokens, b(a(x.index_select(-2, tokens))) * scale)
+        return output
+
+
+@dataclass(frozen=True)
+class Base:
+    """Weights and how they are held in memory: models for which it is equal can share them."""
+
+    sha256: str
+    config: str
+    precision: Precision
+    four_bits: bool
+    name: str = field(compare=False)
+
+    def load(self) -> LoadedModel:
+        """Them in memory. Raises as `load_model` does."""
+        return load.load_model(self.name, self.precision, four_bits=self.four_bits)
+
+
+def base_of(name: str, precision: Precision | None = None) -> Base | None:
+    """What the model called `name` can share with others, in `precision` or in the one that `load_model` would choose:
+    its weights or, for a plain LoRA adapter, those below it. None for an adapter that has to have a model of its own.
+    Raises as `locate` does."""
+    from peft import PeftConfig
+
+    below = location = _locate(name)
+    origin = read_origin(location.path)
+    if (location.path / "adapter_config.json").is_file():
+        config = PeftConfig.from_pretrained(str(location.path))
+        base_name = origin.get("base_name") or config.base_model_name_or_path
+        if not base_name or not _is_plain_lora(location.path, config):
+            return None
+        below = _locate(base_name)
+        if (below.path / "adapter_config.json").is_file():
+            return None
+    sha256 = weights_sha256(below.path)
+    if origin.get("base_sha256", sha256) != sha256:
+        return None  # `load_model` says what is wrong with it
+    if precision is None:
+        stored = origin.get("precision") == "float32"
+        precision = "float32" if stored else load.faster_precision(load.default_device())
+    about = below.path / "config.json"
+    text = about.read_text(encoding="utf-8") if about.is_file() else ""  # a .gguf file has it inside
+    return Base(sha256, text, precision, origin.get("four_bits", False), below.name)
+
+
+@quiet_transformers()
+def load_lora(base: LoadedModel, name: str) -> LoraAdapter | None:
+    """The adapter called `name`, of which `base_of` says that it goes with `base`, which stays as it is; without layers
+    if `name` is the base itself. None where its tokenizer has more tokens than the base, or it changes layers that do
+    not see every token."""
+    from peft import PeftModel
+    from peft.tuners.lora import LoraLayer
+
+    folder = _locate(name).path
+    if not (folder / "adapter_config.json").is_file():
+        return LoraAdapter()
+    table: Any = base.causal_lm.get_input_embeddings()
+    if len(load.load_tokenizer(name)[0]) > table.weight.shape[0]:
+        return None
+    model = PeftModel.from_pretrained(base.model, str(folder), autocast_adapter_dtype=False)
+    compute_in(model, base.model.dtype)
+    found: list[Any] = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
+    adapter = LoraAdapter(
+        {
+            layer.get_base_layer(): (layer.lora_A["default"], layer.lora_B["default"], layer.scaling["default"])
+            for layer in found
+        }
+    )
+    model.unload()
+    return adapter if _see_all_tokens(base.causal_lm, adapter.layers) else None
+
+
+@torch.inference_mode()
+def _see_all_tokens(model: PreTrainedModel, layers: Mapping[torch.nn.Module, Any]) -> bool:
+    """Whether each of `layers` gets all tokens of a row once and in its order, as far as a pass shows that: an output
+    layer gets the last only, and an expert those that are sent to it."""
+    ids = torch.arange(1, 14, device=model.device)[None] * 997 % model.config.get_text_config().vocab_size
+    seen: Counter[torch.nn.Module] = Counter()
+
+    def count(layer: torch.nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        seen[layer] += 1 if output.shape[:-1] in ((1, ids.numel()), (ids.numel(),)) else 2
+
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.callback(layer.register_forward_hook(count).remove)
+        model(input_ids=ids, use_cache=False, logits_to_keep=1)
+    return all(seen[layer] == 1 for layer in layers)
+
+
+def _locate(name: str) -> Location:
+    location = locate(name)
+    return convert_packaged(location) if location.kind == "package" else location
+
+
+def _is_plain_lora(folder: Path, config: Any) -> bool:
+    """Whether the adapter in `folder`, with this config, is matrices A and B beside layers, and nothing else."""
+    from peft import LoraConfig
+
+    if type(config) is not LoraConfig:
+        return False
+    plain = LoraConfig()
+    names = [each.name for each in fields(config) if each.name not in MAY_DIFFER]
+    if any(getattr(config, name) != getattr(plain, name) for name in names):
+        return False
+    tensors: list[str] = []
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as opened:
+            tensors += opened.keys()
+    # peft would put what else is there, such as whole embeddings, into the base
+    return all(tensor.endswith((".lora_A.weight", ".lora_B.weight")) for tensor in tensors)

@@ -16,15 +16,16 @@ from finespun.data.templates import Encoder
 from finespun.errors import FinespunError, RecipeError
 from finespun.generation.engine import Completion, Engine
 from finespun.generation.settings import Sampling
+from finespun.models.adapters import Base, base_of, load_lora
 from finespun.models.catalog import locate
-from finespun.models.load import load_model
+from finespun.models.load import load_model, load_tokenizer
 from finespun.serving.errors import ApiError, busy
 from finespun.serving.llama_cpp import LlamaCpp, gguf_of
 from finespun.serving.metrics import Metrics
 from finespun.serving.protocol import Usage
 from finespun.serving.settings import ServerSettings
 from finespun.serving.tools import OPEN
-from finespun.serving.worker import Accepted, Backend, BackendFailed, EngineThread, Event, Piece
+from finespun.serving.worker import Accepted, AdapterOfEngine, Backend, BackendFailed, EngineThread, Event, Piece
 
 log = logging.getLogger("finespun.serving")
 
@@ -69,16 +70,62 @@ def load_served(name: str, source: str, settings: ServerSettings) -> ServedModel
     by_llama_cpp = settings.engine == "llama.cpp"
     loaded = load_model(source, "float32" if by_llama_cpp else settings.precision)
     chat = Encoder(loaded.tokenizer)
-    raw = chat if chat.prompt_format == "raw" else Encoder(loaded.tokenizer, "raw")
     if by_llama_cpp:
         file = gguf_of(loaded, locate(source).path, settings.quantization)
         backend: Backend = LlamaCpp(file, loaded.context_length, settings.slots)
     else:
         backend = EngineThread(lambda: Engine(loaded, chat, settings.slots), name)
+    return _served(name, chat, loaded.context_length, backend, settings)
+
+
+class Loader:
+    """Loads `sources` one after the other. Plain LoRA adapters of the same weights, and these themselves, share them in
+    memory and are written for by one of finespun's engines, each with slots of its own; llama.cpp has one for each."""
+
+    def __init__(self, sources: Mapping[str, str]) -> None:
+        self._sources = dict(sources)
+        self._bases: dict[str, Base | None] = {}
+        self._loaded: dict[str, ServedModel] = {}
+
+    def __call__(self, name: str, source: str, settings: ServerSettings) -> ServedModel:
+        """The model called `name` at `source`. Raises as `load_served` does."""
+        if settings.engine != "finespun" or len(self._sources) == 1:
+            return load_served(name, source, settings)
+        if not self._bases:
+            self._bases = {each: base_of(place, settings.precision) for each, place in self._sources.items()}
+        if name not in self._loaded:
+            base = self._bases[name]
+            alike = {each: place for each, place in self._sources.items() if self._bases[each] == base}
+            if base is None or len(alike) == 1:
+                return load_served(name, source, settings)
+            self._loaded |= load_together(base, alike, settings)
+        return self._loaded.pop(name)
+
+
+def load_together(base: Base, sources: Mapping[str, str], settings: ServerSettings) -> dict[str, ServedModel]:
+    """The models at `sources`, of each of which `base_of` says `base`, with one engine for all that can share it, and
+    engines of their own for the others. Raises as `load_served` does."""
+    loaded = base.load()
+    adapters = {name: load_lora(loaded, source) for name, source in sources.items()}
+    sharing = {name: adapter for name, adapter in adapters.items() if adapter is not None}
+    served = {name: load_served(name, sources[name], settings) for name in sources.keys() - sharing.keys()}
+    if sharing:
+        encoders = {name: Encoder(load_tokenizer(sources[name])[0]) for name in sharing}
+        some = next(iter(encoders.values()))
+        together = list(sharing.values())
+        thread = EngineThread(lambda: Engine(loaded, some, settings.slots, together), "+".join(sharing))
+        for name, adapter in sharing.items():
+            backend = AdapterOfEngine(thread, adapter, encoders[name])
+            served[name] = _served(name, encoders[name], loaded.context_length, backend, settings)
+    return served
+
+
+def _served(name: str, chat: Encoder, context_length: int, backend: Backend, settings: ServerSettings) -> ServedModel:
+    raw = chat if chat.prompt_format == "raw" else Encoder(chat.tokenizer, "raw")
     opening: list[int] = []
-    if OPEN in str(loaded.tokenizer.chat_template):
-        opening = list(loaded.tokenizer(OPEN + "\n", add_special_tokens=False)["input_ids"])
-    return ServedModel(name, chat, raw, loaded.context_length, backend, settings.slots, opening)
+    if OPEN in str(chat.tokenizer.chat_template):
+        opening = list(chat.tokenizer(OPEN + "\n", add_special_tokens=False)["input_ids"])
+    return ServedModel(name, chat, raw, context_length, backend, settings.slots, opening)
 
 
 def name_sources(sources: Sequence[str]) -> dict[str, str]:
@@ -119,7 +166,7 @@ class Service:
         settings: ServerSettings,
         sources: Mapping[str, str],
         api_key: str | None = None,
-        load: Callable[[str, str, ServerSettings], ServedModel] = load_served,
+        load: Callable[[str, str, ServerSettings], ServedModel] | None = None,
     ) -> None:
         self.settings = settings
         self.sources = dict(sources)
@@ -131,7 +178,7 @@ class Service:
         self.on_ready: Callable[[], None] = lambda: None
         self.on_failure: Callable[[], None] = lambda: None
         self.metrics = Metrics(self.models)
-        self._load = load
+        self._load = load or Loader(sources)
 
     @property
     def ready(self) -> bool:

@@ -7,10 +7,12 @@ import queue
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
+from finespun.data.templates import Encoder
 from finespun.generation.engine import Completion, Engine, Request, TokenLogprob
 from finespun.generation.settings import Sampling
+from finespun.models.adapters import LoraAdapter
 
 log = logging.getLogger("finespun.serving")
 
@@ -62,6 +64,7 @@ class _Job:
     sampling: Sampling
     sample: int
     post: Callable[[Event], None]
+    options: dict[str, Any]
     request: Request | None = None
 
 
@@ -86,9 +89,10 @@ class EngineThread:
         return self._thread.is_alive()
 
     def start(
-        self, prompt: Sequence[int], sampling: Sampling, sample: int, post: Callable[[Event], None]
+        self, prompt: Sequence[int], sampling: Sampling, sample: int, post: Callable[[Event], None], **options: Any
     ) -> Callable[[], None]:
-        job = _Job(prompt, sampling, sample, post)
+        """As any backend's; `options` are what else `Engine.add` takes."""
+        job = _Job(prompt, sampling, sample, post, options)
         self._inbox.put(lambda: self._add(job))
         return lambda: self._inbox.put(lambda: self._cancel(job))
 
@@ -130,7 +134,7 @@ class EngineThread:
             job.post(Piece(text, logprobs))
 
         try:
-            job.request = self._engine.add(job.prompt, job.sampling, job.sample, on_text)
+            job.request = self._engine.add(job.prompt, job.sampling, job.sample, on_text, **job.options)
         except Exception as error:
             job.post(error)
             return
@@ -157,3 +161,24 @@ class EngineThread:
     def _close(self) -> None:
         self._closed = True
         self._fail()
+
+
+@dataclass
+class AdapterOfEngine:
+    """One of the models that an engine writes for: `adapter` beside the base, and the encoder that goes with it."""
+
+    thread: EngineThread
+    adapter: LoraAdapter
+    encoder: Encoder
+
+    @property
+    def alive(self) -> bool:
+        return self.thread.alive
+
+    def start(
+        self, prompt: Sequence[int], sampling: Sampling, sample: int, post: Callable[[Event], None]
+    ) -> Callable[[], None]:
+        return self.thread.start(prompt, sampling, sample, post, adapter=self.adapter, encoder=self.encoder)
+
+    def close(self) -> None:
+        self.thread.close()
