@@ -11,11 +11,16 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
+import torch
 
 from finespun.cli import main
+from finespun.data.templates import Encoder
+from finespun.evaluation.outputs import read_outputs
+from finespun.models.load import load_model, save_model
 
 pytest.importorskip("fastapi")
 pytest.importorskip("choix")
@@ -70,6 +75,32 @@ def judging(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], dict[str, 
 def answer(link: str, position: int) -> None:
     form = {"position": str(position), "attempt": "0", "choice": "first"}
     assert httpx.post(f"{link}/answer", data=form).status_code == 303
+
+
+def test_models_write_first_where_there_is_data(tiny_folder, tmp_path, monkeypatch, write_jsonl, capsys):
+    other = load_model(str(tiny_folder))
+    with torch.no_grad():
+        other.causal_lm.get_input_embeddings().weight.normal_()
+    save_model(other, Encoder(other.tokenizer).stop_ids, tmp_path / "other")
+    served: list[Any] = []
+    monkeypatch.setattr("finespun.evaluation.judging.server.serve", lambda store, *_: served.append(store.study))
+    data = write_jsonl({"prompt": "one"}, {"prompt": "two"})
+    study = tmp_path / "study.sqlite"
+    begin = ["judge", f"tiny={tiny_folder}", f"other={tmp_path / 'other'}", "--data", str(data), "--study", str(study)]
+    main([*begin, "--max-new-tokens", "4"])
+    main([*begin, "--max-new-tokens", "4"])
+    assert served[0] == served[1]
+    assert served[0].models == ("tiny", "other")
+    shown = {candidate.text for item in served[0].items for candidate in item.candidates}
+    for name in ("tiny", "other"):
+        outputs = read_outputs(tmp_path / "study" / "evaluations" / name / "outputs.jsonl")
+        assert [output.prompt for output in outputs] == ["one", "two"]
+        assert all(output.tokens <= 4 for output in outputs)
+        assert shown & {output.text for output in outputs}
+    with pytest.raises(SystemExit) as exit_:
+        main(["judge", str(tiny_folder), str(tmp_path / "other"), "--study", str(tmp_path / "new.sqlite")])
+    assert exit_.value.code == 2
+    assert "has no outputs" in capsys.readouterr().err
 
 
 def test_from_outputs_to_preferences(outputs, tmp_path, capsys):

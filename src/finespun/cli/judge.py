@@ -10,6 +10,8 @@ from cyclopts import App, Parameter
 
 from finespun.errors import FinespunError, RecipeError
 from finespun.evaluation.judging.settings import JudgeServerSettings, StudySettings
+from finespun.evaluation.settings import EvaluationData, EvaluationSettings
+from finespun.generation.settings import Sampling
 
 if TYPE_CHECKING:
     from finespun.evaluation.judging.store import Store
@@ -24,9 +26,11 @@ def judge(
     outputs: list[str],
     /,
     *,
+    data: Annotated[EvaluationData | None, Parameter(name="data")] = None,
     study: Path = Path("judgements.sqlite"),
     settings: Annotated[StudySettings | None, Parameter(name="*")] = None,
     server: Annotated[JudgeServerSettings | None, Parameter(name="*")] = None,
+    sampling: Annotated[Sampling | None, Parameter(name="*")] = None,
 ) -> None:
     """Let people compare what models wrote: a local web page for each, blind, until Ctrl-C.
 
@@ -37,14 +41,18 @@ def judge(
     Parameters
     ----------
     outputs
-        Evaluation folders, or their outputs.jsonl, one for each model; NAME=FOLDER calls a model NAME.
+        Evaluation folders, or their outputs.jsonl, one for each model; or, with --data, runs and models that write
+        first. NAME=… calls a model NAME.
+    data
+        Prompts for what has not written yet.
     study
         The file in which the study is kept: what is judged, by whom, and each answer.
     """
     _check_packages()
     from finespun.evaluation.judging.server import serve
 
-    store = _store(outputs, study, settings or StudySettings())
+    written = _written(outputs, data, sampling, study) if data else outputs
+    store = _store(written, study, settings or StudySettings())
     print(f"Study: {store.file} ({len(store.study.models)} models, {len(store.study.annotators)} annotators)")
     try:
         serve(store, server or JudgeServerSettings(), lambda what, link: print(f"{what}: {link}", flush=True))
@@ -119,6 +127,19 @@ def preferences(study: Path, /, *, to: Path, without: Without = None) -> None:
     from finespun.evaluation.judging.store import Store
 
     print(f"{export_preferences(study_results(Store.open(study), without or ()), to)} pairs written: {to}")
+
+
+def _written(outputs: list[str], data: EvaluationData, sampling: Sampling | None, study: Path) -> list[str]:
+    """NAME=FOLDER of what each of `outputs` has written to the prompts of `data`."""
+    from finespun.evaluation.systems import evaluation_of, split_name
+    from finespun.training.progress import Reporter
+
+    reporter, settings = Reporter(), EvaluationSettings(likelihood="off", metrics=["length"])
+    found = []
+    for name, place in map(split_name, outputs):
+        folder = evaluation_of(name, Path(place), data, settings, sampling, study.stem, study.with_suffix(""), reporter)
+        found.append(f"{name or place}={folder}")
+    return found
 
 
 def _store(outputs: list[str], file: Path, settings: StudySettings) -> Store:

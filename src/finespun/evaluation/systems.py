@@ -68,14 +68,14 @@ def read_systems(
     """
     if len(given) < 2:
         raise RecipeError("A comparison takes two systems or more: evaluation folders, runs or models.")
-    named = [part.partition("=") if _has_name(part) else ("", "", part) for part in given]
+    named = [split_name(part) for part in given]
     systems = [
-        System.read(_evaluated(own, Path(place), data, settings, sampling, name, out, reporter))
-        for own, _, place in named
+        System.read(evaluation_of(own, Path(place), data, settings, sampling, name, out, reporter))
+        for own, place in named
     ]
     models = Counter(str(system.summary["model"]["name"]) for system in systems)
     names = []
-    for (own, _, place), system in zip(named, systems, strict=True):
+    for (own, place), system in zip(named, systems, strict=True):
         model = str(system.summary["model"]["name"])
         names.append(own or (model if models[model] == 1 else place))
     if twice := [each for each, count in Counter(names).items() if count > 1]:
@@ -171,13 +171,14 @@ def _asked_before(systems: Sequence[System]) -> list[str] | None:
     return [name for name in dict.fromkeys(chain.from_iterable(asked)) if name not in COPIED] or None
 
 
-def _has_name(given: str) -> bool:
-    """Whether `given` is NAME=PLACE, and not a path with an equals sign in it."""
+def split_name(given: str) -> tuple[str, str]:
+    """The name and the place in NAME=PLACE; no name where `given` is a place, which may have an equals sign in it."""
     name, equals, place = given.partition("=")
-    return bool(equals and name and place) and not Path(given).exists() and "/" not in name
+    named = bool(equals and name and place) and not Path(given).exists() and "/" not in name
+    return (name, place) if named else ("", given)
 
 
-def _evaluated(
+def evaluation_of(
     own: str,
     place: Path,
     data: EvaluationData | None,
@@ -187,7 +188,9 @@ def _evaluated(
     out: Path,
     reporter: Reporter,
 ) -> Path:
-    """The evaluation folder of what a person named."""
+    """The folder of the evaluation at `place`, or of that of the run or model there, which is evaluated on `data`; of a
+    model that is no run, it is in `out`, under the name `own`. Raises `DataError` without data, and what evaluating
+    raises."""
     if (place / "summary.json").is_file():
         return place
     if data is None:
