@@ -8,6 +8,7 @@ checkpoints/     step-000123/, complete states to go on from
 samples.jsonl    held-out prompts with the texts before and after
 model/           the trained model, a Hugging Face or PEFT folder
 report.html      all of it for people
+evaluations/     what was measured of the model, a folder each
 """
 
 from __future__ import annotations

@@ -60,8 +60,8 @@ class Sampling(Section):
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     """Gives the log-probability of each token, and of so many of the likeliest ones in its place."""
     draft_tokens: Annotated[int, Field(ge=0)] = 0
-    """So many tokens are guessed at once, from an earlier place where the last ones stood too, and verified in one
-    pass: faster where an answer repeats the prompt, and what is written does not change (Saxena 2023)."""
+    """So many tokens are guessed at once, by a draft model or, without one, from an earlier place where the last ones
+    stood too, and verified in one pass: what is written does not change (Leviathan et al. 2023; Saxena 2023)."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of the sampling; the n-th sample of any prompt draws from its own stream of it."""
 
