@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from finespun.cli import main
@@ -45,6 +45,8 @@ def test_an_option_overrides_one_key_of_the_file_and_no_other(tmp_path: Path) ->
     assert (recipe.data.source, recipe.data.max_length, recipe.data.too_long) == (["a.txt"], 64, "cut")
 
 
+@example(epochs=1.0, rate=None, source=["a"], template={"prompt": "a\x85b", "completion": "\x85"})
+@settings(deadline=None)
 @given(
     epochs=st.floats(0.01, 1e4),
     rate=st.none() | st.floats(1e-9, 10),

@@ -348,7 +348,18 @@ class Recipe(Section):
 
     def to_yaml(self) -> str:
         """The recipe as YAML that `load` reads back to an equal recipe."""
-        return yaml.safe_dump(self.model_dump(exclude_none=True), sort_keys=False, allow_unicode=True, width=110)
+        content = self.model_dump(exclude_none=True)
+        return yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes texts with U+0085, a line break in YAML 1.1, which PyYAML would write as it is and read as a space."""
+
+
+_Dumper.add_representer(
+    str,
+    lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"' if "\x85" in text else None),
+)
 
 
 SECTIONS: dict[str, type[Section]] = {
