@@ -36,7 +36,9 @@ def serve_command(
         rank = next(rank for rank in LORA_RANKS if rank >= adapter.rank)
         modules = json.dumps({"name": name, "path": adapter.path})
         command = ["vllm", "serve", adapter.base, "--enable-lora", "--lora-modules", modules]
-        command += ["--max-lora-rank", str(rank), "--tokenizer", shown, "--generation-config", shown]
+        # an adapter's own folder has no generation config; without one, what the base suggests would be taken
+        defaults = shown if (folder / "generation_config.json").is_file() else "vllm"
+        command += ["--max-lora-rank", str(rank), "--tokenizer", shown, "--generation-config", defaults]
     else:
         command = ["vllm", "serve", shown, "--served-model-name", name]
     command += ["--max-model-len", str(context_length), "--dtype", precision]
