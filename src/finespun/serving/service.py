@@ -16,14 +16,14 @@ from finespun.data.templates import Encoder
 from finespun.errors import FinespunError, RecipeError
 from finespun.generation.engine import Completion, Engine
 from finespun.generation.settings import Sampling
-from finespun.models.catalog import locate
-from finespun.models.load import load_model
+from finespun.models.load import load_model, load_tokenizer
 from finespun.serving.errors import ApiError, busy
 from finespun.serving.llama_cpp import LlamaCpp, gguf_of
 from finespun.serving.metrics import Metrics
 from finespun.serving.protocol import Usage
 from finespun.serving.settings import ServerSettings
 from finespun.serving.tools import OPEN
+from finespun.serving.vllm import end_starting, vllm_for
 from finespun.serving.worker import Accepted, Backend, BackendFailed, EngineThread, Event, Piece
 
 log = logging.getLogger("finespun.serving")
@@ -65,20 +65,25 @@ class ServedModel:
 
 def load_served(name: str, source: str, settings: ServerSettings) -> ServedModel:
     """The model at `source` with the engine that `settings` name. Raises the errors of `load_model`, and `ModelError`
-    for what llama.cpp cannot run."""
-    by_llama_cpp = settings.engine == "llama.cpp"
-    loaded = load_model(source, "float32" if by_llama_cpp else settings.precision)
-    chat = Encoder(loaded.tokenizer)
-    raw = chat if chat.prompt_format == "raw" else Encoder(loaded.tokenizer, "raw")
-    if by_llama_cpp:
-        file = gguf_of(loaded, locate(source).path, settings.quantization)
-        backend: Backend = LlamaCpp(file, loaded.context_length, settings.slots)
+    for what llama.cpp or vLLM cannot run."""
+    if settings.engine == "finespun":
+        loaded = load_model(source, settings.precision)
+        tokenizer, context = loaded.tokenizer, loaded.context_length
     else:
+        tokenizer, context = load_tokenizer(source)
+    chat = Encoder(tokenizer)
+    raw = chat if chat.prompt_format == "raw" else Encoder(tokenizer, "raw")
+    backend: Backend
+    if settings.engine == "finespun":
         backend = EngineThread(lambda: Engine(loaded, chat, settings.slots), name)
+    elif settings.engine == "llama.cpp":
+        backend = LlamaCpp(gguf_of(source, chat, settings.quantization), context, settings.slots)
+    else:
+        backend = vllm_for(name, source, chat, context, settings)
     opening: list[int] = []
-    if OPEN in str(loaded.tokenizer.chat_template):
-        opening = list(loaded.tokenizer(OPEN + "\n", add_special_tokens=False)["input_ids"])
-    return ServedModel(name, chat, raw, loaded.context_length, backend, settings.slots, opening)
+    if OPEN in str(tokenizer.chat_template):
+        opening = list(tokenizer(OPEN + "\n", add_special_tokens=False)["input_ids"])
+    return ServedModel(name, chat, raw, context, backend, settings.slots, opening)
 
 
 def name_sources(sources: Sequence[str]) -> dict[str, str]:
@@ -173,6 +178,7 @@ class Service:
             answer.fail(busy("The server is shutting down.", 30))
 
     async def close(self) -> None:
+        await asyncio.to_thread(end_starting)
         for model in self.models.values():
             await asyncio.to_thread(model.backend.close)
 
