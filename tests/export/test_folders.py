@@ -288,6 +288,7 @@ def test_the_command_for_an_adapter_beside_its_base(tiny_folder: Path, in_tmp: P
     assert command[:3] == ["vllm", "serve", str(tiny_folder)]
     assert json.loads(command[command.index("--lora-modules") + 1]) == {"name": "run", "path": "./adapter"}
     assert command[command.index("--max-lora-rank") + 1] == "8"
+    assert command[command.index("--dtype") + 1] == "bfloat16", "vLLM's kernels for adapters know no float32"
     for option in ("--tokenizer", "--generation-config"):
         assert command[command.index(option) + 1] == "./model", "whose stop tokens are those of the run"
     assert (Path("run/export/vllm/adapter") / "adapter_model.safetensors").is_file()

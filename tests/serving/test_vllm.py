@@ -299,7 +299,7 @@ def test_an_adapter_stands_beside_its_base(place: Place, tiny: LoadedModel, tiny
     )
     prompt = Encoder(tiny.tokenizer).encode_prompt("a")
     place.plan(ids=ids_of(load_model("run"), prompt, 8))
-    with running(sources={"m": "run"}, engine="vllm", precision="float32") as server:
+    with running(sources={"m": "run"}, engine="vllm", precision="bfloat16") as server:
         ask = {"model": "m", "messages": [{"role": "user", "content": "a"}], "max_tokens": 8}
         answer = server.client().chat.completions.create(**ask)
     assert answer.choices[0].message.content == finespun.load("run").generate("a", max_new_tokens=8)
@@ -309,6 +309,7 @@ def test_an_adapter_stands_beside_its_base(place: Place, tiny: LoadedModel, tiny
     assert "--enable-lora" in arguments
     assert json.loads(option(arguments, "--lora-modules")) == {"name": "m", "path": folder}
     assert option(arguments, "--max-lora-rank") == "16"
+    assert option(arguments, "--dtype") == "bfloat16"
     assert option(arguments, "--tokenizer") == folder
     assert option(arguments, "--generation-config") == "vllm", "not what the base suggests"
 
@@ -322,7 +323,9 @@ def changed(folder: Path, file: str, **keys: Any) -> str:
 def test_what_vllm_cannot_serve_is_refused(tiny_folder: Path, in_tmp: Path) -> None:
     rows = [{"text": text} for text in sentences(12)]
     finespun.finetune(model=str(tiny_folder), data=rows, out="run", quiet=True, method="lora", max_steps=1)
-    assert command_for("m", "run", 128, "float32")[:2] == ["vllm", "serve"]
+    assert command_for("m", "run", 128, "bfloat16")[:2] == ["vllm", "serve"]
+    with pytest.raises(ModelError, match=r"16 bits only\. Give --precision bfloat16.*--to merged"):
+        command_for("m", "run", 128, "float32")
 
     def copy(name: str) -> Path:
         return Path(shutil.copytree("run/model", name))
@@ -336,4 +339,4 @@ def test_what_vllm_cannot_serve_is_refused(tiny_folder: Path, in_tmp: Path) -> N
         (changed(copy("on-gguf"), "finespun.json", base_name="model.gguf"), "its base is model.gguf"),
     ]:
         with pytest.raises(ModelError, match=why):
-            command_for("m", source, 128, "float32")
+            command_for("m", source, 128, "bfloat16")

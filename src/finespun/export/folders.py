@@ -166,7 +166,8 @@ def _write_serving(loaded: LoadedModel, path: Path, called: str, precision: Stor
         _copy_adapter(path, new / "adapter", hub_name or local)
         same_on_hub = None if read_origin(loaded.base_path).get("from") else hub_name
         beside = vllm.Adapter(same_on_hub or local, "./adapter", rank)
-        commands += [vllm.serve_command(called, new / "model", "./model", loaded.context_length, precision, beside)]
+        in_16_bits = "bfloat16" if precision == "float32" else precision  # vLLM's kernels for adapters know no others
+        commands += [vllm.serve_command(called, new / "model", "./model", loaded.context_length, in_16_bits, beside)]
     vllm.write_script(new / "serve.sh", *commands)
 
 

@@ -61,7 +61,7 @@ def write_script(path: Path, command: Sequence[str], beside: Sequence[str] = ())
     the command that serves the adapter beside its base, is there to be copied."""
     lines = ["#!/bin/sh", 'cd "$(dirname "$0")" || exit 1', f'exec {shlex.join(command)} "$@"']
     if beside:
-        lines += ["# The same with the adapter beside its base, which can serve several adapters at once:"]
+        lines += ["# With the adapter beside its base, which can serve several at once, in 16 bits:"]
         lines += [f"# {shlex.join(beside)}"]
     write_text(path, "\n".join(lines) + "\n")
     path.chmod(0o755)

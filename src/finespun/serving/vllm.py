@@ -87,6 +87,11 @@ def command_for(name: str, source: str, context: int, precision: str) -> list[st
             f"{source}: vLLM cannot serve {kind} as it was trained. Fold it into its base, and serve that: "
             f"finespun export {source} --to merged"
         )
+    if precision == "float32":
+        raise ModelError(
+            f"{source}: is computed in float32, and vLLM computes adapters in 16 bits only. Give --precision bfloat16, "
+            f"with which some texts differ, or fold it into its base: finespun export {source} --to merged"
+        )
     base = locate(base_of(folder, origin))
     if base.path.suffix.lower() == ".gguf":
         raise ModelError(f"{source}: its base is {base.path}, and vLLM serves model folders. Use --engine llama.cpp.")
