@@ -87,3 +87,18 @@ def test_the_file_is_made_once(tiny: LoadedModel, tiny_folder: Path, server: Run
     )
     with pytest.raises(AssertionError, match="made twice"):
         gguf_of(str(tiny_folder), encoder, "f32")
+
+
+def test_in_f32_log_probabilities_are_those_of_the_library(
+    server: Running, tiny: LoadedModel, tiny_folder: Path
+) -> None:
+    """To 1e-4, which keys and values in float16 would not keep to. What is written is forced to be whole characters,
+    for which llama.cpp tells them."""
+    prompt, (forced,) = "the old ferryman rowed over a slow river", tiny.tokenizer("a")["input_ids"]
+    ask = {"messages": [{"role": "user", "content": prompt}], "max_tokens": 20, "logprobs": True}
+    answer = server.client().chat.completions.create(model="m", logit_bias={str(forced): 100}, **ask)
+    sampling = {"max_new_tokens": 20, "logprobs": 0, "logit_bias": {forced: 100.0}}
+    (wanted,) = finespun.load(tiny_folder).complete([prompt], **sampling)[0]
+    found = answer.choices[0].logprobs.content
+    assert [token.token for token in found] == ["a"] * 20
+    assert [token.logprob for token in found] == pytest.approx([one.logprob for one in wanted.logprobs], abs=1e-4)

@@ -55,11 +55,12 @@ def gguf_of(source: str, encoder: Encoder, quantization: Quantization) -> Path:
 
 
 class LlamaCpp:
-    """A `Backend` that runs llama.cpp on `file`, for `slots` texts at once of at most `context` tokens each.
+    """A `Backend` that runs llama.cpp on `file`, for `slots` texts at once of at most `context` tokens each; `exact`
+    keeps keys and values in float32 instead of float16, as our engine does.
 
     llama.cpp listens at a free port of this machine alone, and takes only what carries a key of this process."""
 
-    def __init__(self, file: Path, context: int, slots: int) -> None:
+    def __init__(self, file: Path, context: int, slots: int, exact: bool = False) -> None:
         try:
             xllamacpp: Any = importlib.import_module("xllamacpp")
         except ImportError:
@@ -75,6 +76,9 @@ class LlamaCpp:
         parameters.n_ctx = max(context, min(context * slots, CACHE_TOKENS))
         parameters.n_gpu_layers = -1
         parameters.verbosity = 1
+        if exact:
+            parameters.cache_type_k = parameters.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+            parameters.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
         self._server = xllamacpp.Server(parameters)
         self._client = httpx.Client(
             base_url=self._server.listening_address,

@@ -77,7 +77,8 @@ def load_served(name: str, source: str, settings: ServerSettings) -> ServedModel
     if settings.engine == "finespun":
         backend = EngineThread(lambda: Engine(loaded, chat, settings.slots), name)
     elif settings.engine == "llama.cpp":
-        backend = LlamaCpp(gguf_of(source, chat, settings.quantization), context, settings.slots)
+        exact = settings.quantization == "f32"
+        backend = LlamaCpp(gguf_of(source, chat, settings.quantization), context, settings.slots, exact)
     else:
         backend = vllm_for(name, source, chat, context, settings)
     opening: list[int] = []
