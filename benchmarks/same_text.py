@@ -132,6 +132,18 @@ def merged(asked: Asked) -> list[str]:
     return by_transformers(AutoModelForCausalLM.from_pretrained(folder, dtype="float32"), folder, asked)
 
 
+def rounded(asked: Asked) -> list[str]:
+    """What is lost in an F16 file, and nothing else: the rounding of its matrices, computed with in float32."""
+    from transformers import AutoModelForCausalLM
+
+    folder = merged_folder(asked)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data = parameter.data.half().float()
+    return by_transformers(model, folder, asked)
+
+
 def adapter(asked: Asked) -> list[str]:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -215,6 +227,7 @@ ROADS: dict[str, tuple[Callable[[Asked], list[str]], str | None]] = {
     "adapter, peft": (adapter, None),
     "GGUF F32, llama.cpp": (gguf("f32"), "xllamacpp"),
     "GGUF F16, llama.cpp": (gguf("f16"), "xllamacpp"),
+    "merged, rounded to F16, transformers": (rounded, None),
     "GGUF Q8_0, llama.cpp": (gguf("q8_0"), "xllamacpp"),
 }
 """Each road, and what has to be installed for it."""
