@@ -68,11 +68,9 @@ Prepare = Callable[[Path, Path], Count]
 
 def model_folder() -> Path:
     """The model's folder, which is converted first where it has not been yet."""
-    from finespun.models.catalog import locate
-    from finespun.models.load import convert_packaged
+    from finespun.models.load import locate_model
 
-    location = locate(MODEL)
-    return (convert_packaged(location) if location.kind == "package" else location).path
+    return locate_model(MODEL).path
 
 
 def finespun() -> Prepare:

@@ -50,7 +50,6 @@ def one(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     from finespun.data.templates import Encoder
     from finespun.generation.engine import Completion, generate
     from finespun.generation.settings import Sampling
-    from finespun.models.catalog import locate
     from finespun.models.load import load_model
 
     by_llama_cpp = name.startswith("llama.cpp")
@@ -90,7 +89,7 @@ def one(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     if by_llama_cpp:
         from finespun.serving.llama_cpp import LlamaCpp, gguf_of
 
-        file = gguf_of(loaded, locate(arguments.model).path, "q8_0")
+        file = gguf_of(arguments.model, encoder, "q8_0")
         slots = min(at_once, 64)
     if name == "llama.cpp engine":
         engine = LlamaCpp(file, loaded.context_length, slots)

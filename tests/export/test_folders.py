@@ -27,6 +27,7 @@ from finespun.export import folders, vllm
 from finespun.export.folders import check_push, export
 from finespun.export.settings import ExportSettings
 from finespun.models.adapters import add_lora, add_prompt
+from finespun.models.catalog import weights_sha256
 from finespun.models.load import LoadedModel, load_model, save_model
 from finespun.recipe import LoraRecipe, SoftPromptRecipe
 
@@ -146,6 +147,28 @@ def test_an_adapter_folder_is_the_adapter_and_names_its_base_as_the_hub_does(
     assert finespun.load(out).generate("Hi", max_new_tokens=4)
 
 
+@pytest.mark.parametrize("where", ["the copy of a packaged model", "the hub's cache"])
+def test_a_known_base_that_was_given_as_a_folder_is_named_as_the_hub_does(
+    where: str, tiny_folder: Path, smollm2_folder: Path, in_tmp: Path
+) -> None:
+    base = Path("cache/models--some--tiny-model/snapshots/0123abc").absolute()
+    shutil.copytree(tiny_folder, base)
+    public = "some/tiny-model"
+    if where == "the copy of a packaged model":
+        shutil.copy(smollm2_folder / "finespun.json", base)
+        changed = json.loads((base / "finespun.json").read_text()) | {"weights_sha256": weights_sha256(base)}
+        (base / "finespun.json").write_text(json.dumps(changed))
+        base, public = base.rename("packaged").absolute(), "HuggingFaceTB/SmolLM2-135M-Instruct"
+    with_adapter(str(base), Path("run/model"))
+    export("run", ExportSettings("adapter"))
+    export("run", ExportSettings("vllm"))
+    for folder in (Path("run/export/adapter"), Path("run/export/vllm/adapter")):
+        assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == public
+        ours = json.loads((folder / "finespun.json").read_text())
+        assert ours["base_name"] == ("smollm2-135m" if base.name == "packaged" else public), "found on other machines"
+        assert ours["base_sha256"] == weights_sha256(base)
+
+
 def test_a_run_is_exported_into_itself_with_its_card(tiny_run: Path) -> None:
     lines = export("run", ExportSettings("merged"))
     out = Path("run/export/merged")
@@ -177,6 +200,16 @@ def test_what_a_model_does_not_have_is_refused(tiny_folder: Path, tiny_run: Path
         with pytest.raises(ModelError, match=why):
             export(str(name), ExportSettings(target, Path("out")))
         assert not Path("out").exists()
+        with pytest.raises(ModelError, match=why):
+            export(str(name), ExportSettings(target))
+        assert not (Path(name) / "export").exists(), "no empty folder either"
+
+
+def test_a_folder_in_which_an_export_failed_stays_if_anything_is_in_it(tiny_run: Path) -> None:
+    export("run", ExportSettings("merged"))
+    with pytest.raises(ModelError):
+        export("run", ExportSettings("hf"))
+    assert [path.name for path in Path("run/export").iterdir()] == ["merged"]
 
 
 def test_an_adapter_for_another_base_is_refused(tiny_folder: Path, in_tmp: Path) -> None:
@@ -255,6 +288,7 @@ def test_the_command_for_an_adapter_beside_its_base(tiny_folder: Path, in_tmp: P
     assert command[:3] == ["vllm", "serve", str(tiny_folder)]
     assert json.loads(command[command.index("--lora-modules") + 1]) == {"name": "run", "path": "./adapter"}
     assert command[command.index("--max-lora-rank") + 1] == "8"
+    assert command[command.index("--dtype") + 1] == "bfloat16", "vLLM's kernels for adapters know no float32"
     for option in ("--tokenizer", "--generation-config"):
         assert command[command.index(option) + 1] == "./model", "whose stop tokens are those of the run"
     assert (Path("run/export/vllm/adapter") / "adapter_model.safetensors").is_file()

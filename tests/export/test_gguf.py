@@ -29,6 +29,7 @@ from finespun.errors import ModelError, RunError
 from finespun.export.gguf import ARCHITECTURES, write_gguf
 from finespun.export.gguf_quantization import QUANTIZATIONS
 from finespun.models.adapters import add_lora
+from finespun.models.catalog import KNOWN_MODELS, package_file
 from finespun.models.load import LoadedModel, load_model
 from finespun.recipe import LoraRecipe
 
@@ -367,8 +368,20 @@ def test_a_chat_gets_no_spaces_that_the_tokenizer_does_not_put(scheme: str, befo
     assert llama_cpp.ask("/tokenize", content=prompt, parse_special=True)["tokens"] == expected
 
 
+DIGITS = ["a  12", "  3   cats in   1984,    5", "x 1  2 \n  3\t4", "½  ² 7  ٣ 一  2", "v2.0.1  0x1F   -5"]
+
+
 def test_llama_cpp_sees_the_tokens_that_smollm2_does(smollm2_shared: LoadedModel, tmp_path: Path) -> None:
-    check_tokens(smollm2_shared.tokenizer, tmp_path / "model.gguf", ["<|im_start|>user\n江雪<|im_end|>\n"])
+    more = ["<|im_start|>user\n江雪<|im_end|>\n", *DIGITS]
+    check_tokens(smollm2_shared.tokenizer, tmp_path / "model.gguf", more)
+    assert str(GGUFReader(tmp_path / "model.gguf").fields["tokenizer.ggml.pre"].contents()) == "smollm"
+
+
+def test_the_packaged_smollm2_is_tokenized_as_its_own_file_says(smollm2_shared: LoadedModel) -> None:
+    """By llama.cpp, of the very file in the package."""
+    llama_cpp = LlamaCpp(package_file(KNOWN_MODELS["smollm2-135m"].package))
+    for text in [*TEXTS, *DIGITS, *sentences(5)]:
+        assert llama_cpp.tokenize(text) == smollm2_shared.tokenizer(text)["input_ids"], text
 
 
 def test_llama_cpp_sees_the_tokens_that_gpt2_does(gpt2_folder: Path, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from finespun.generation import engine
 from finespun.generation.engine import Completion, Engine, Request, generate
 from finespun.generation.runner import SingleRunner, SlotRunner, runner_for
 from finespun.generation.settings import Sampling
-from finespun.models.adapters import LoraAdapter, base_of, load_lora
+from finespun.models.adapters import LoraAdapter, load_lora, shared_base
 from finespun.models.load import LoadedModel, load_model
 from finespun.models.prepacked import can_prepack
 from lora_folders import write_adapter
@@ -218,14 +218,14 @@ def test_what_shares_its_base(base_folder: Path, small_tokenizer, tmp_path: Path
     def written(name: str, **settings) -> str:
         return str(write_adapter(base_folder, tmp_path / name, small_tokenizer, **settings))
 
-    base = base_of(str(base_folder))
+    base = shared_base(str(base_folder))
     assert base is not None
     for plain in (
         written("plain", target_modules=["q_proj"]),
         written("scaled", target_modules=["q_proj", "up_proj"], use_rslora=True, lora_dropout=0.1, r=3),
     ):
-        assert base_of(plain) == base
-        assert base_of(plain, "bfloat16") != base
+        assert shared_base(plain) == base
+        assert shared_base(plain, "bfloat16") != base
     for own in (
         written("dora", target_modules=["q_proj"], use_dora=True),
         written("head", target_modules=["q_proj"], modules_to_save=["lm_head"]),
@@ -234,11 +234,11 @@ def test_what_shares_its_base(base_folder: Path, small_tokenizer, tmp_path: Path
         written("prompt", config=PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)),
         written("embeddings", target_modules=["q_proj", "embed_tokens"]),
     ):
-        assert base_of(own) is None, own
+        assert shared_base(own) is None, own
     other = AutoModelForCausalLM.from_pretrained(base_folder)
     torch.nn.init.normal_(other.model.norm.weight)
     other.save_pretrained(tmp_path / "other")
-    assert base_of(str(tmp_path / "other")) not in (base, None)
+    assert shared_base(str(tmp_path / "other")) not in (base, None)
 
 
 def test_what_needs_a_model_of_its_own_is_found_when_it_is_loaded(
@@ -251,7 +251,7 @@ def test_what_needs_a_model_of_its_own_is_found_when_it_is_loaded(
     head = write_adapter(
         base_folder, tmp_path / "head", small_tokenizer, target_modules=["q_proj", "lm_head"], rows=False
     )
-    assert base_of(str(resized)) == base_of(str(head)) == base_of(str(base_folder))
+    assert shared_base(str(resized)) == shared_base(str(head)) == shared_base(str(base_folder))
     assert load_lora(base, str(resized)) is None
     assert load_lora(base, str(head)) is None
     assert not any("lora" in name for name, _ in base.model.named_modules())

@@ -78,6 +78,23 @@ def test_a_package_that_is_not_the_known_one_is_refused(tmp_path: Path, monkeypa
     assert not (tmp_path / "cache").exists()
 
 
+def test_a_copy_that_was_converted_in_an_older_way_is_made_anew(
+    smollm2_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = tmp_path / "models" / "smollm2-135m"
+    copy.mkdir(parents=True)
+    for file in smollm2_folder.iterdir():
+        (copy / file.name).symlink_to(file)
+    monkeypatch.setenv("FINESPUN_CACHE", str(tmp_path))
+    assert locate("smollm2-135m").path == copy
+    origin = json.loads((copy / "finespun.json").read_text())
+    (copy / "finespun.json").unlink()
+    (copy / "finespun.json").write_text(json.dumps({key: origin[key] for key in origin if key != "conversion"}))
+    assert locate("smollm2-135m").kind == "package"
+    (copy / "finespun.json").unlink()
+    assert locate("smollm2-135m").kind == "package"
+
+
 def test_a_damaged_converted_copy_is_refused(
     smollm2_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,8 +7,10 @@ from pathlib import Path
 import openai
 import pytest
 from servers import Running, running
+from tokenizers import pre_tokenizers
 
 import finespun
+from finespun.data.templates import Encoder
 from finespun.errors import GenerationError
 from finespun.generation.settings import Sampling
 from finespun.models.load import LoadedModel
@@ -70,10 +72,33 @@ def test_a_client_that_leaves_stops_the_text(server: Running) -> None:
 
 
 def test_the_file_is_made_once(tiny: LoadedModel, tiny_folder: Path, server: Running, monkeypatch) -> None:
+    """And the model is not loaded for a file that is there. One for another tokenizer is another file."""
+
     def not_again(*_: object) -> None:
         raise AssertionError("made twice")
 
-    monkeypatch.setattr("finespun.serving.llama_cpp.write_gguf", not_again)
-    assert gguf_of(tiny, tiny_folder, "f32").is_file()
+    monkeypatch.setattr("finespun.serving.llama_cpp.load_model", not_again)
+    encoder = Encoder(tiny.tokenizer)
+    assert gguf_of(str(tiny_folder), encoder, "f32").is_file()
     with pytest.raises(AssertionError, match="made twice"):
-        gguf_of(tiny, tiny_folder, "q8_0")
+        gguf_of(str(tiny_folder), encoder, "q8_0")
+    tiny.tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    with pytest.raises(AssertionError, match="made twice"):
+        gguf_of(str(tiny_folder), encoder, "f32")
+
+
+def test_in_f32_log_probabilities_are_those_of_the_library(
+    server: Running, tiny: LoadedModel, tiny_folder: Path
+) -> None:
+    """To 1e-4, which keys and values in float16 would not keep to. What is written is forced to be whole characters,
+    for which llama.cpp tells them."""
+    prompt, (forced,) = "the old ferryman rowed over a slow river", tiny.tokenizer("a")["input_ids"]
+    ask = {"messages": [{"role": "user", "content": prompt}], "max_tokens": 20, "logprobs": True}
+    answer = server.client().chat.completions.create(model="m", logit_bias={str(forced): 100}, **ask)
+    sampling = {"max_new_tokens": 20, "logprobs": 0, "logit_bias": {forced: 100.0}}
+    (wanted,) = finespun.load(tiny_folder).complete([prompt], **sampling)[0]
+    found = answer.choices[0].logprobs.content
+    assert [token.token for token in found] == ["a"] * 20
+    assert [token.logprob for token in found] == pytest.approx([one.logprob for one in wanted.logprobs], abs=1e-4)

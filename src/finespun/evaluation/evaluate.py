@@ -51,8 +51,8 @@ from finespun.evaluation.settings import EvaluationData, EvaluationSettings
 from finespun.files import hash_of, write_text
 from finespun.generation.engine import room_behind
 from finespun.generation.settings import Sampling
-from finespun.models.catalog import locate, weights_sha256
-from finespun.models.load import LoadedModel, convert_packaged, grow_vocabulary, load_model
+from finespun.models.catalog import weights_sha256
+from finespun.models.load import LoadedModel, grow_vocabulary, load_model, locate_model
 from finespun.recipe import PromptFormat, Recipe, TrainOn
 from finespun.report import write_evaluation
 from finespun.runs import RunFolder
@@ -140,7 +140,7 @@ def evaluate(
     settings, sampling, reporter = settings or EvaluationSettings(), sampling or Sampling(), reporter or Reporter()
     if sampling.logprobs is not None:
         raise RecipeError("`logprobs` is not kept in an evaluation; leave it out.")
-    weights = _weights(str(run))
+    weights = weights_sha256(locate_model(str(run)).path)
     folder = RunFolder(Path(run))
     recipe = folder.recipe() if folder.recipe_file.is_file() else None
     target = _target(folder if recipe else None, data, name, out)
@@ -165,7 +165,7 @@ def evaluate(
     summary = system.summary | {"leakage": leakage, "notes": [*notes, *system.summary["notes"]]}
     if below:
         reporter.say(f"The same with {below}, which the run was trained from")
-        about |= {"model": {"name": below, "weights": _weights(below)}}
+        about |= {"model": {"name": below, "weights": weights_sha256(locate_model(below).path)}}
         other = _evaluated(task, about, _base(below, system, folder))
         _write(target / "base", other, other.summary)
         summary["base"] = {
@@ -349,14 +349,6 @@ def _evaluated(task: _Task, about: Mapping[str, Any], loaded: LoadedModel) -> _S
         "metrics": [_with_interval(score, len(outputs)) for score in scores],
     }
     return _System(outputs, found, scores, summary, loaded.tokenizer)
-
-
-def _weights(name: str) -> str:
-    """SHA-256 of the weights of the model called `name`, or of its adapter."""
-    location = locate(name)
-    if location.kind == "package":
-        location = convert_packaged(location)
-    return weights_sha256(location.path)
 
 
 def _computed_by(loaded: LoadedModel, encoder: Encoder, weights: str) -> list[Any]:

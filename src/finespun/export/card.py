@@ -15,6 +15,7 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from finespun.models.catalog import KNOWN_MODELS
+from finespun.models.load import LoadedModel, read_origin
 from finespun.runs import RunFolder
 
 EXAMPLES = 3
@@ -54,6 +55,18 @@ def hub_id(name: str) -> str | None:
     if known := KNOWN_MODELS.get(name.lower()):
         return known.hub_id
     return name if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists() else None
+
+
+def hub_id_of(loaded: LoadedModel) -> str | None:
+    """The hub's name of the base of a model, also where it was given as a folder: of the hub's own cache, or the copy
+    of a packaged model. None for one that is only on this machine."""
+    if found := hub_id(loaded.base_name):
+        return found
+    if cached := re.search(r"/models--([\w.-]+?)--([\w.-]+)/snapshots/", loaded.base_path.absolute().as_posix()):
+        return "/".join(cached.groups())
+    package = read_origin(loaded.base_path).get("from")
+    packaged = (known for known in KNOWN_MODELS.values() if known.package and known.package.distribution == package)
+    return next((known.hub_id for known in packaged), None)
 
 
 def _base(name: str) -> tuple[str, str | None]:

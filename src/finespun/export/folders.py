@@ -5,8 +5,10 @@ Everything is computed in float32 on the CPU, so that an export does not depend 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +21,11 @@ from huggingface_hub.utils import validate_repo_id
 from finespun.data.templates import Encoder
 from finespun.errors import ModelError, RunError
 from finespun.export import ollama, vllm
-from finespun.export.card import hub_id, model_card
+from finespun.export.card import hub_id_of, model_card
 from finespun.export.settings import WITH_TYPE, ExportSettings, StoredPrecision, Target
 from finespun.files import new_folder, write_text
 from finespun.models.adapters import merge
-from finespun.models.catalog import locate
+from finespun.models.catalog import KNOWN_MODELS, ORIGIN_FILE, locate
 from finespun.models.load import LoadedModel, compute_in, load_model, read_origin, save_model
 from finespun.runs import RunFolder
 
@@ -48,7 +50,7 @@ def export(name: str, settings: ExportSettings) -> list[str]:
     path = run.path if settings.to == "card" else locate(name).path
     card = _card(run, settings.to)
     lines = []
-    with new_folder(out) as new:
+    with _no_empty_folders(out), new_folder(out) as new:
         if settings.to == "adapter":
             lines = write_adapter(name, path, new)
         elif settings.to != "card":
@@ -65,11 +67,8 @@ def write_adapter(name: str, path: Path, folder: Path) -> list[str]:
     if not config_file.is_file():
         raise ModelError(f"{name}: has no adapter; all of its weights were trained. Use --to hf.")
     loaded = load_model(name, "float32", torch.device("cpu"))  # which checks the base
-    shutil.copytree(path, folder, dirs_exist_ok=True)
-    hub_name = hub_id(loaded.base_name)
-    config = json.loads(config_file.read_text(encoding="utf-8"))
-    config["base_model_name_or_path"] = hub_name or str(loaded.base_path.absolute())
-    write_text(folder / "adapter_config.json", json.dumps(config, indent=2) + "\n")
+    hub_name = hub_id_of(loaded)
+    _copy_adapter(path, folder, hub_name or str(loaded.base_path.absolute()))
     if hub_name is None:
         return [f"Its base is only on this machine ({loaded.base_path}); use --to merged for others."]
     if source := read_origin(loaded.base_path).get("from"):
@@ -163,11 +162,40 @@ def _write_serving(loaded: LoadedModel, path: Path, called: str, precision: Stor
     config = path / "adapter_config.json"
     commands = [vllm.serve_command(called, new / "model", "./model", loaded.context_length, precision)]
     if config.is_file() and (rank := vllm.adapter_rank(json.loads(config.read_text(encoding="utf-8")))):
-        shutil.copytree(path, new / "adapter")
-        same_on_hub = None if read_origin(loaded.base_path).get("from") else hub_id(loaded.base_name)
-        beside = vllm.Adapter(same_on_hub or str(loaded.base_path.absolute()), "./adapter", rank)
-        commands += [vllm.serve_command(called, new / "model", "./model", loaded.context_length, precision, beside)]
+        local, hub_name = str(loaded.base_path.absolute()), hub_id_of(loaded)
+        _copy_adapter(path, new / "adapter", hub_name or local)
+        same_on_hub = None if read_origin(loaded.base_path).get("from") else hub_name
+        beside = vllm.Adapter(same_on_hub or local, "./adapter", rank)
+        in_16_bits = "bfloat16" if precision == "float32" else precision  # vLLM's kernels for adapters know no others
+        commands += [vllm.serve_command(called, new / "model", "./model", loaded.context_length, in_16_bits, beside)]
     vllm.write_script(new / "serve.sh", *commands)
+
+
+def _copy_adapter(path: Path, folder: Path, base: str) -> None:
+    """Copies the adapter in `path`, with `base` as the name of its base for others; for finespun, the short name of a
+    known one, under which its very weights are found."""
+    shutil.copytree(path, folder, dirs_exist_ok=True)
+    ours = next((name for name, known in KNOWN_MODELS.items() if known.hub_id == base), base)
+    for file, key, name in (
+        (folder / "adapter_config.json", "base_model_name_or_path", base),
+        (folder / ORIGIN_FILE, "base_name", ours),
+    ):
+        if file.is_file():
+            said = json.loads(file.read_text(encoding="utf-8")) | {key: name}
+            write_text(file, json.dumps(said, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def _no_empty_folders(path: Path) -> Generator[None]:
+    """Where what is written in `path` fails, takes away the folders around it that were not there before."""
+    missing = [folder for folder in path.parents if not folder.exists()]
+    try:
+        yield
+    except BaseException:
+        for folder in missing:
+            with contextlib.suppress(OSError):  # somebody else has put something in it
+                folder.rmdir()
+        raise
 
 
 def _stored_in(path: Path) -> StoredPrecision:

@@ -36,7 +36,9 @@ def serve_command(
         rank = next(rank for rank in LORA_RANKS if rank >= adapter.rank)
         modules = json.dumps({"name": name, "path": adapter.path})
         command = ["vllm", "serve", adapter.base, "--enable-lora", "--lora-modules", modules]
-        command += ["--max-lora-rank", str(rank), "--tokenizer", shown, "--generation-config", shown]
+        # an adapter's own folder has no generation config; without one, what the base suggests would be taken
+        defaults = shown if (folder / "generation_config.json").is_file() else "vllm"
+        command += ["--max-lora-rank", str(rank), "--tokenizer", shown, "--generation-config", defaults]
     else:
         command = ["vllm", "serve", shown, "--served-model-name", name]
     command += ["--max-model-len", str(context_length), "--dtype", precision]
@@ -59,7 +61,7 @@ def write_script(path: Path, command: Sequence[str], beside: Sequence[str] = ())
     the command that serves the adapter beside its base, is there to be copied."""
     lines = ["#!/bin/sh", 'cd "$(dirname "$0")" || exit 1', f'exec {shlex.join(command)} "$@"']
     if beside:
-        lines += ["# The same with the adapter beside its base, which can serve several adapters at once:"]
+        lines += ["# With the adapter beside its base, which can serve several at once, in 16 bits:"]
         lines += [f"# {shlex.join(beside)}"]
     write_text(path, "\n".join(lines) + "\n")
     path.chmod(0o755)

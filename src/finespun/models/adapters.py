@@ -15,8 +15,8 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from finespun.errors import ModelError
 from finespun.models import load
-from finespun.models.catalog import Location, locate, weights_sha256
-from finespun.models.load import LoadedModel, Precision, compute_in, convert_packaged, quiet_transformers, read_origin
+from finespun.models.catalog import weights_sha256
+from finespun.models.load import LoadedModel, Precision, compute_in, locate_model, quiet_transformers, read_origin
 from finespun.recipe import LoraRecipe, SoftPromptRecipe
 
 if TYPE_CHECKING:
@@ -228,20 +228,18 @@ class Base:
         return load.load_model(self.name, self.precision, four_bits=self.four_bits)
 
 
-def base_of(name: str, precision: Precision | None = None) -> Base | None:
+def shared_base(name: str, precision: Precision | None = None) -> Base | None:
     """What the model called `name` can share with others, in `precision` or in the one that `load_model` would choose:
     its weights or, for a plain LoRA adapter, those below it. None for an adapter that has to have a model of its own.
     Raises as `locate` does."""
     from peft import PeftConfig
 
-    below = location = _locate(name)
+    below = location = locate_model(name)
     origin = read_origin(location.path)
     if (location.path / "adapter_config.json").is_file():
-        config = PeftConfig.from_pretrained(str(location.path))
-        base_name = origin.get("base_name") or config.base_model_name_or_path
-        if not base_name or not _is_plain_lora(location.path, config):
+        if not _is_plain_lora(location.path, PeftConfig.from_pretrained(str(location.path))):
             return None
-        below = _locate(base_name)
+        below = locate_model(load.base_of(location.path, origin))
         if (below.path / "adapter_config.json").is_file():
             return None
     sha256 = weights_sha256(below.path)
@@ -257,13 +255,13 @@ def base_of(name: str, precision: Precision | None = None) -> Base | None:
 
 @quiet_transformers()
 def load_lora(base: LoadedModel, name: str) -> LoraAdapter | None:
-    """The adapter called `name`, of which `base_of` says that it goes with `base`, which stays as it is; without layers
-    if `name` is the base itself. None where its tokenizer has more tokens than the base, or it changes layers that do
+    """The adapter called `name`, which `shared_base` says goes with `base`, which stays as it is; without layers if
+    `name` is the base itself. None where its tokenizer has more tokens than the base, or it changes layers that do
     not see every token."""
     from peft import PeftModel
     from peft.tuners.lora import LoraLayer
 
-    folder = _locate(name).path
+    folder = locate_model(name).path
     if not (folder / "adapter_config.json").is_file():
         return LoraAdapter()
     table: Any = base.causal_lm.get_input_embeddings()
@@ -297,11 +295,6 @@ def _see_all_tokens(model: PreTrainedModel, layers: Mapping[torch.nn.Module, Any
             stack.callback(layer.register_forward_hook(count).remove)
         model(input_ids=ids, use_cache=False, logits_to_keep=1)
     return all(seen[layer] == 1 for layer in layers)
-
-
-def _locate(name: str) -> Location:
-    location = locate(name)
-    return convert_packaged(location) if location.kind == "package" else location
 
 
 def _is_plain_lora(folder: Path, config: Any) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.util
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -18,6 +19,13 @@ from finespun.files import cache_folder
 from finespun.recipe import nearest
 
 Kind = Literal["folder", "gguf", "package"]
+
+CONVERSION = 2
+"""How packaged models are converted; a copy that was converted in an older way is made anew. 2: digits are split as the
+file says."""
+
+ORIGIN_FILE = "finespun.json"
+"""Beside an adapter or a converted model: the name and the hash of the weights that it goes with."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +87,12 @@ def converted_folder(name: str) -> Path:
     return cache_folder() / "models" / name
 
 
+def _is_converted(folder: Path) -> bool:
+    """Whether `folder` holds a packaged model, converted as it is done now."""
+    file = folder / ORIGIN_FILE
+    return file.is_file() and json.loads(file.read_text(encoding="utf-8")).get("conversion") == CONVERSION
+
+
 def package_file(package: Package) -> Path | None:
     """The GGUF file of an installed package, without importing the package."""
     spec = importlib.util.find_spec(package.module)
@@ -106,9 +120,9 @@ def locate(name: str, *, download: bool = True) -> Location:
     remedies = []
     if known and known.package:
         converted = converted_folder(name.lower())
-        if (converted / "config.json").is_file():
+        if _is_converted(converted):
             return Location(name, converted, "folder")
-        tried.append(f"finespun's cache {converted}: not there")
+        tried.append(f"finespun's cache {converted}: not there, or from an older finespun")
         if file := package_file(known.package):
             return Location(name, file, "package")
         tried.append(f"the Python package {known.package.distribution}: not installed")

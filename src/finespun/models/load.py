@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from gguf import GGUFReader
+from tokenizers import pre_tokenizers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -29,7 +31,9 @@ from transformers.utils import logging as transformers_logging
 from finespun.errors import ModelError
 from finespun.files import new_folder
 from finespun.models.catalog import (
+    CONVERSION,
     KNOWN_MODELS,
+    ORIGIN_FILE,
     Location,
     check_package_file,
     converted_folder,
@@ -38,9 +42,6 @@ from finespun.models.catalog import (
 )
 
 Precision = Literal["float32", "bfloat16"]
-
-ORIGIN_FILE = "finespun.json"
-"""Beside an adapter or a converted model: the name and the hash of the weights that it goes with."""
 
 
 @dataclass
@@ -140,9 +141,7 @@ def load_model(
     `ModelError`.
     """
     device = device or default_device()
-    location = locate(name)
-    if location.kind == "package":
-        location = convert_packaged(location)
+    location = locate_model(name)
     origin = read_origin(location.path)
     if precision is None:
         precision = "float32" if origin.get("precision") == "float32" else faster_precision(device)
@@ -166,15 +165,13 @@ def load_model(
 def load_tokenizer(name: str) -> tuple[PreTrainedTokenizerBase, int]:
     """The tokenizer and the context length, in tokens, of the model called `name`, without its weights. Raises as
     `load_model` does."""
-    location = locate(name)
-    if location.kind == "package":
-        location = convert_packaged(location)
+    location = locate_model(name)
     file = {"gguf_file": location.path.name} if location.kind == "gguf" else {}
     folder = location.path.parent if file else location.path
     try:
         tokenizer = _load_tokenizer(folder, **file)
         if (folder / "adapter_config.json").is_file():
-            return tokenizer, load_tokenizer(_base_of(folder, read_origin(folder)))[1]
+            return tokenizer, load_tokenizer(base_of(folder, read_origin(folder)))[1]
         return tokenizer, _context_length(AutoConfig.from_pretrained(str(folder), **file))
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"{location.path}: its tokenizer cannot be loaded: {error}") from error
@@ -222,7 +219,13 @@ def read_origin(path: Path) -> dict[str, Any]:
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
-def convert_packaged(location: Location) -> Location:
+def locate_model(name: str) -> Location:
+    """Where the model called `name` is, as a folder or file that can be read. Raises as `locate` does."""
+    location = locate(name)
+    return _convert_packaged(location) if location.kind == "package" else location
+
+
+def _convert_packaged(location: Location) -> Location:
     """Dequantizes a packaged GGUF once into finespun's cache as a plain folder; later loads start from there."""
     known = KNOWN_MODELS[location.name.lower()]
     assert known.package is not None
@@ -236,6 +239,7 @@ def convert_packaged(location: Location) -> Location:
         tokenizer.save_pretrained(folder)
         origin = {
             "from": known.package.distribution,
+            "conversion": CONVERSION,
             "gguf_sha256": known.package.sha256,
             "weights_sha256": weights_sha256(folder),
         }
@@ -279,7 +283,19 @@ def _load_tokenizer(folder: Path, **options: str) -> PreTrainedTokenizerBase:
     tokenizer = AutoTokenizer.from_pretrained(str(folder), **options)
     if tokenizer is None:
         raise ModelError(f"{folder}: has no tokenizer.")
+    if "gguf_file" in options:
+        _split_as_named(tokenizer, folder / options["gguf_file"])
     return tokenizer
+
+
+def _split_as_named(tokenizer: Any, file: Path) -> None:
+    """Makes a tokenizer that was read from a GGUF file split digits as the file says: transformers gives all Llamas the
+    words of GPT-2, in which some spaces before a digit are another token."""
+    named = GGUFReader(file).get_field("tokenizer.ggml.pre")
+    if named is not None and named.contents() == "smollm":
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        )
 
 
 def _load_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -304,7 +320,7 @@ def _load_adapter(
 ) -> LoadedModel:
     from peft import PeftConfig, PeftModel
 
-    name = _base_of(folder, origin)
+    name = base_of(folder, origin)
     base = load_model(name, precision, device, four_bits or origin.get("four_bits", False))
     if "base_sha256" in origin and weights_sha256(base.base_path) != origin["base_sha256"]:
         raise ModelError(
@@ -319,7 +335,8 @@ def _load_adapter(
     return LoadedModel(model, tokenizer, base.base_name, base.base_path)
 
 
-def _base_of(adapter: Path, origin: dict[str, Any]) -> str:
+def base_of(adapter: Path, origin: dict[str, Any]) -> str:
+    """The name under which the model below the adapter in a folder, beside which stands `origin`, can be loaded."""
     from peft import PeftConfig
 
     name = origin.get("base_name") or PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path

@@ -22,7 +22,7 @@ from finespun.files import data_cache, hash_of
 from finespun.generation.engine import Completion, TokenLogprob
 from finespun.generation.settings import Sampling
 from finespun.models.catalog import weights_sha256
-from finespun.models.load import LoadedModel
+from finespun.models.load import base_of, load_model, locate_model, read_origin
 from finespun.serving.worker import Accepted, BackendFailed, Event, Piece
 
 UNKNOWN = ("beams", "best_of", "choices", "grammar", "min_new_tokens", "no_repeat_ngram_size", "regex")
@@ -34,15 +34,20 @@ CACHE_TOKENS = 32_768
 """Keys and values that all texts share, unless the model's context is longer."""
 
 
-def gguf_of(loaded: LoadedModel, path: Path, quantization: Quantization) -> Path:
-    """A GGUF file of the model whose weights, or whose adapter, lie in `path`, out of the cache or made now. Raises
-    what `write_gguf` raises."""
+def gguf_of(source: str, encoder: Encoder, quantization: Quantization) -> Path:
+    """A GGUF file of the model or adapter at `source`, whose tokenizer has been loaded: out of the cache, or made now.
+    Raises what `load_model` and `write_gguf` raise."""
+    path = locate_model(source).path
     if path.suffix.lower() == ".gguf":
         return path
-    encoder = Encoder(loaded.tokenizer)
-    made_of = [weights_sha256(path), weights_sha256(loaded.base_path), quantization, encoder.stop_ids]
+    adapter = (path / "adapter_config.json").is_file()
+    base = locate_model(base_of(path, read_origin(path))).path if adapter else path
+    tokenizer: Any = encoder.tokenizer
+    texts = [tokenizer.backend_tokenizer.to_str(), str(tokenizer.chat_template)]
+    made_of = [weights_sha256(path), weights_sha256(base), quantization, encoder.stop_ids, texts]
     file = data_cache() / "gguf" / f"{hash_of(made_of)}.gguf"
     if not file.is_file():
+        loaded = load_model(source, "float32")
         file.parent.mkdir(parents=True, exist_ok=True)
         fold_in_adapter(loaded, encoder)
         write_gguf(loaded, file, quantization, encoder.stop_ids)
@@ -50,11 +55,12 @@ def gguf_of(loaded: LoadedModel, path: Path, quantization: Quantization) -> Path
 
 
 class LlamaCpp:
-    """A `Backend` that runs llama.cpp on `file`, for `slots` texts at once of at most `context` tokens each.
+    """A `Backend` that runs llama.cpp on `file`, for `slots` texts at once of at most `context` tokens each; `exact`
+    keeps keys and values in float32 instead of float16, as our engine does.
 
     llama.cpp listens at a free port of this machine alone, and takes only what carries a key of this process."""
 
-    def __init__(self, file: Path, context: int, slots: int) -> None:
+    def __init__(self, file: Path, context: int, slots: int, exact: bool = False) -> None:
         try:
             xllamacpp: Any = importlib.import_module("xllamacpp")
         except ImportError:
@@ -70,6 +76,9 @@ class LlamaCpp:
         parameters.n_ctx = max(context, min(context * slots, CACHE_TOKENS))
         parameters.n_gpu_layers = -1
         parameters.verbosity = 1
+        if exact:
+            parameters.cache_type_k = parameters.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+            parameters.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
         self._server = xllamacpp.Server(parameters)
         self._client = httpx.Client(
             base_url=self._server.listening_address,

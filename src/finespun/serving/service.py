@@ -16,8 +16,7 @@ from finespun.data.templates import Encoder
 from finespun.errors import FinespunError, RecipeError
 from finespun.generation.engine import Completion, Engine
 from finespun.generation.settings import Sampling
-from finespun.models.adapters import Base, base_of, load_lora
-from finespun.models.catalog import locate
+from finespun.models.adapters import Base, load_lora, shared_base
 from finespun.models.load import load_model, load_tokenizer
 from finespun.serving.errors import ApiError, busy
 from finespun.serving.llama_cpp import LlamaCpp, gguf_of
@@ -25,6 +24,7 @@ from finespun.serving.metrics import Metrics
 from finespun.serving.protocol import Usage
 from finespun.serving.settings import ServerSettings
 from finespun.serving.tools import OPEN
+from finespun.serving.vllm import end_starting, vllm_for
 from finespun.serving.worker import Accepted, AdapterOfEngine, Backend, BackendFailed, EngineThread, Event, Piece
 
 log = logging.getLogger("finespun.serving")
@@ -66,16 +66,21 @@ class ServedModel:
 
 def load_served(name: str, source: str, settings: ServerSettings) -> ServedModel:
     """The model at `source` with the engine that `settings` name. Raises the errors of `load_model`, and `ModelError`
-    for what llama.cpp cannot run."""
-    by_llama_cpp = settings.engine == "llama.cpp"
-    loaded = load_model(source, "float32" if by_llama_cpp else settings.precision)
-    chat = Encoder(loaded.tokenizer)
-    if by_llama_cpp:
-        file = gguf_of(loaded, locate(source).path, settings.quantization)
-        backend: Backend = LlamaCpp(file, loaded.context_length, settings.slots)
+    for what llama.cpp or vLLM cannot run."""
+    if settings.engine == "finespun":
+        loaded = load_model(source, settings.precision)
+        chat = Encoder(loaded.tokenizer)
+        thread = EngineThread(lambda: Engine(loaded, chat, settings.slots), name)
+        return _served(name, chat, loaded.context_length, thread, settings)
+    tokenizer, context = load_tokenizer(source)
+    chat = Encoder(tokenizer)
+    backend: Backend
+    if settings.engine == "llama.cpp":
+        exact = settings.quantization == "f32"
+        backend = LlamaCpp(gguf_of(source, chat, settings.quantization), context, settings.slots, exact)
     else:
-        backend = EngineThread(lambda: Engine(loaded, chat, settings.slots), name)
-    return _served(name, chat, loaded.context_length, backend, settings)
+        backend = vllm_for(name, source, chat, context, settings)
+    return _served(name, chat, context, backend, settings)
 
 
 class Loader:
@@ -92,7 +97,7 @@ class Loader:
         if settings.engine != "finespun" or len(self._sources) == 1:
             return load_served(name, source, settings)
         if not self._bases:
-            self._bases = {each: base_of(place, settings.precision) for each, place in self._sources.items()}
+            self._bases = {each: shared_base(place, settings.precision) for each, place in self._sources.items()}
         if name not in self._loaded:
             base = self._bases[name]
             alike = {each: place for each, place in self._sources.items() if self._bases[each] == base}
@@ -103,8 +108,8 @@ class Loader:
 
 
 def load_together(base: Base, sources: Mapping[str, str], settings: ServerSettings) -> dict[str, ServedModel]:
-    """The models at `sources`, of each of which `base_of` says `base`, with one engine for all that can share it, and
-    engines of their own for the others. Raises as `load_served` does."""
+    """The models at `sources`, which have `base` in common as `shared_base` says, with one engine for all that can
+    share it, and engines of their own for the others. Raises as `load_served` does."""
     loaded = base.load()
     adapters = {name: load_lora(loaded, source) for name, source in sources.items()}
     sharing = {name: adapter for name, adapter in adapters.items() if adapter is not None}
@@ -220,6 +225,7 @@ class Service:
             answer.fail(busy("The server is shutting down.", 30))
 
     async def close(self) -> None:
+        await asyncio.to_thread(end_starting)
         for model in self.models.values():
             await asyncio.to_thread(model.backend.close)
 

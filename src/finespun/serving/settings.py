@@ -22,11 +22,14 @@ class ServerSettings(Section):
     precision: Literal["float32", "bfloat16"] | None = None
     """What models compute in; by default what `finespun generate` computes them in here. In bfloat16 two tokens may be
     as good as each other, and which one is taken can, on a GPU, depend on what else is being written."""
-    engine: Literal["finespun", "llama.cpp"] = "finespun"
-    """What writes: finespun's own engine, or llama.cpp (pip install 'finespun[llama-cpp]'), which is faster for few
-    clients on a CPU and knows fewer settings."""
+    engine: Literal["finespun", "llama.cpp", "vllm"] = "finespun"
+    """What writes: finespun's own engine; llama.cpp (pip install 'finespun[llama-cpp]'), which is faster for few
+    clients on a CPU; or vLLM (pip install vllm), for many clients on a GPU. Both know fewer settings."""
     quantization: Quantization = "q8_0"
     """How llama.cpp has the weights; f16 and f32 are nearer to what was trained, the others are faster."""
+    vllm_options: str = ""
+    """Further arguments of `vllm serve`: --vllm-options="--tensor-parallel-size 2". Each model has a vLLM of its own,
+    which takes most of a GPU's memory unless --gpu-memory-utilization says otherwise."""
     slots: Annotated[int, Field(ge=1)] = 64
     """Texts that are written at once, for each model."""
     max_queue: Annotated[int, Field(ge=0)] = 256
