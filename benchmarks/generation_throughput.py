@@ -99,7 +99,7 @@ def one(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
 
         parameters = xllamacpp.CommonParams()
         parameters.model.path, parameters.port, parameters.verbosity = str(file), 0, 1
-        parameters.n_parallel, parameters.n_ctx = slots, 512 * slots
+        parameters.n_parallel, parameters.n_ctx = slots, loaded.context_length * min(slots, 4)
         server = xllamacpp.Server(parameters)
         client = httpx.Client(base_url=server.listening_address, timeout=None)
 
