@@ -37,6 +37,15 @@ def test_yaml_options_and_keywords_are_the_same_recipe(tmp_path: Path, monkeypat
     assert taken == [from_python] * 3
 
 
+def test_paths_may_be_path_objects() -> None:
+    data = {"source": [Path("a.txt")], "validation": [Path("b.txt")]}
+    written = Recipe.from_keywords(model=Path("m"), out=Path("runs/x"), data=data)
+    plain = Recipe.from_keywords(
+        model="m", out=str(Path("runs/x")), data={"source": ["a.txt"], "validation": ["b.txt"]}
+    )
+    assert written == plain
+
+
 def test_an_option_overrides_one_key_of_the_file_and_no_other(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text("data: {source: [a.txt], max_length: 64}\ntraining: {epochs: 2, seed: 7}\n")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -337,19 +337,31 @@ class Recipe(Section):
     @classmethod
     def from_keywords(cls, **keywords: Any) -> Recipe:
         """Recipe from Python keywords: top-level keys, whole sections, or the bare name of a section's field
-        (`epochs=3` is `training={"epochs": 3}`). Raises `RecipeError`."""
+        (`epochs=3` is `training={"epochs": 3}`). Paths may be `Path` objects. Raises `RecipeError`."""
         nested: dict[str, Any] = {}
         for key, value in keywords.items():
             if key not in cls.model_fields and (home := FIELD_HOME.get(key)):
                 _merge(nested, {home: {key: value}})
             else:
                 _merge(nested, {key: value})
-        return cls.parse(nested)
+        return cls.parse(_paths_written_out(nested))
 
     def to_yaml(self) -> str:
         """The recipe as YAML that `load` reads back to an equal recipe."""
         content = self.model_dump(exclude_none=True)
         return yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
+
+
+def _paths_written_out(value: Any) -> Any:
+    """`value` with the `Path` objects in it as YAML has them."""
+    match value:
+        case PurePath():
+            return str(value)
+        case dict():
+            return {key: _paths_written_out(each) for key, each in value.items()}
+        case list():
+            return [_paths_written_out(each) for each in value]
+    return value
 
 
 class _Dumper(yaml.SafeDumper):
