@@ -28,6 +28,7 @@ from finespun.data.formats import (
     detect,
     last_prompt,
     prompt_and_answer,
+    prompt_of,
     shape_of,
     texts_of,
     words_of,
@@ -1426,6 +1427,16 @@ def test_what_an_example_says(example: Example, said: list[str], asked: str, ans
 def test_every_text_of_an_example_can_be_changed(example: Example, result: Example) -> None:
     assert changed(example, str.upper) == result
     assert changed(example, lambda text: text) == example
+
+
+def test_a_plain_text_is_divided_behind_its_first_line() -> None:
+    poem = "江雪\n千山鸟飞绝，\n万径人踪灭。"
+    asked = prompt_of(TextExample(poem, Origin("a.txt", 1)))
+    assert (asked.prompt, asked.reference) == ("江雪\n", poem[3:])
+    one_line = "a river that nobody had crossed in a hundred years ran past the mill\n"
+    asked = prompt_of(TextExample(one_line, Origin("a.txt", 1)))
+    assert asked.prompt + asked.reference == one_line
+    assert asked.prompt == "a river that nobody had crossed in a hundred years ran past"
 
 
 def test_the_last_prompt_of_a_conversation() -> None:

@@ -837,6 +837,10 @@ class Asked(NamedTuple):
     tools: Tools | None = None
 
 
+LONGEST_TITLE = 80
+"""Characters of a first line that a plain text is prompted with, such as the title of a poem, its end included."""
+
+
 def prompt_of(example: Example) -> Asked:
     """What to show a model at work on `example` with.
 
@@ -849,7 +853,8 @@ def prompt_of(example: Example) -> Asked:
             return Asked(*last_prompt(messages), tools)
         case TextExample(text):
             first_line = text.find("\n") + 1
-            at = first_line if 0 < first_line <= 80 < len(text) else text.rfind(" ", 1, 60)
+            titled = 0 < first_line <= LONGEST_TITLE and text[first_line:].strip()
+            at = first_line if titled else text.rfind(" ", 1, 60)
             at = at if at > 0 else min(20, len(text) // 2)
             return Asked(text[:at], text[at:])
         case RatedExample(inner):

@@ -46,9 +46,6 @@ from finespun.recipe import DataRecipe, TemplateRecipe
 ANSWER_COLUMNS = ("completion", "output", "answer", "target", "summary")
 """Where the formats of training data have the answer; of test data, `references` take its place."""
 
-LONGEST_TITLE = 80
-"""Characters of a first line that a plain text is prompted with, such as the title of a poem."""
-
 
 @dataclass
 class EvaluationExample:
@@ -211,11 +208,8 @@ class _Reader:
                     f"is {shape_of(example)} data. To evaluate on its good answers, make prompt and completion of its "
                     "columns with --data.template.",
                 )
-        if isinstance(example, TextExample):
-            self.plain = True
-            first, line_end, rest = example.text.partition("\n")
-            if rest.strip() and len(first) <= LONGEST_TITLE:
-                return _Read(first + line_end, [rest], None, example, "")
+            case TextExample():
+                self.plain = True
         asked = prompt_of(example)
         return _Read(asked.prompt, [asked.reference], asked.tools, example, prompt_and_answer(example)[0])
 
