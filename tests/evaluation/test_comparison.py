@@ -142,6 +142,7 @@ def test_intervals_of_a_ratio_cover_the_truth_in_93_to_97_percent(examples: int)
     assert 0.93 <= hits / TRIALS <= 0.97
 
 
+@pytest.mark.slow
 def test_intervals_of_a_difference_cover_the_truth_in_93_to_97_percent() -> None:
     """Of pairs whose examples are hard or easy for both."""
     random = np.random.default_rng(3)

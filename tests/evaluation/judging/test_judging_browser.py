@@ -141,6 +141,7 @@ class Person:
         return 0 if first >= second else 1
 
 
+@pytest.mark.slow
 def test_two_people_judge_thirty_items_each(browser, serving, tmp_path):
     study = make_study(tmp_path, 24, annotators=2, practice=2, known=2, repeated=2)
     process = serving(Store.create(tmp_path / "study.sqlite", study))
