@@ -14,10 +14,11 @@ import openai
 
 from finespun.data.templates import Encoder
 from finespun.generation.engine import Completion
-from finespun.serving.server import Server, listen
+from finespun.serving.server import ModelServer
 from finespun.serving.service import ServedModel, Service, load_served
 from finespun.serving.settings import ServerSettings
 from finespun.serving.worker import EngineThread
+from finespun.web import listen
 
 
 @dataclass
@@ -26,7 +27,7 @@ class Running:
 
     url: str
     service: Service
-    server: Server
+    server: ModelServer
     thread: threading.Thread
     key: str | None = None
 
@@ -57,8 +58,8 @@ def running(
 ) -> Iterator[Running]:
     chosen = ServerSettings(port=0, **settings)
     service = Service(chosen, sources or {"m": "m"}, api_key, load)
-    server = Server(service)
-    with listen(chosen) as listener:
+    server = ModelServer(service)
+    with listen(chosen.host, chosen.port) as listener:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
         it = Running(f"http://127.0.0.1:{listener.getsockname()[1]}", service, server, thread, api_key)

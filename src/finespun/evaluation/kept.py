@@ -10,7 +10,7 @@ from typing import Any
 
 from finespun.data.templates import Encoder
 from finespun.files import append_line, data_cache, forget_old, hash_of
-from finespun.generation.engine import Completion, Engine, Request, generate
+from finespun.generation.engine import Completion, generate
 from finespun.generation.settings import Sampling
 from finespun.models.load import LoadedModel
 
@@ -86,26 +86,9 @@ def write_all(
                     if key in todo:
                         keep(key, completion)
     elif todo:
-        _write_one_by_one(loaded, encoder, todo, sampling, keep)
+        order = list(todo)
+        generate(
+            *(loaded, encoder, list(todo.values()), sampling),
+            on_end=lambda prompt, sample, completion: keep(order[prompt], completion),
+        )
     return [Completion(*kept[key]) for key in keys]
-
-
-def _write_one_by_one(
-    loaded: LoadedModel,
-    encoder: Encoder,
-    todo: dict[str, Sequence[int]],
-    sampling: Sampling,
-    keep: Callable[[str, Completion], None],
-) -> None:
-    engine = Engine(loaded, encoder)
-    requests: dict[str, Request] = {}
-    # prompts of a length stand side by side, and the longest do not come last, alone
-    for key in sorted(todo, key=lambda key: -len(todo[key])):
-        requests[key] = engine.add(todo[key], sampling)
-    with engine.running():
-        more = True
-        while more:
-            more = engine.step()
-            for key in [key for key, request in requests.items() if request.ended]:
-                keep(key, requests.pop(key).result())
-    assert not requests

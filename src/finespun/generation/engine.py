@@ -430,10 +430,12 @@ def generate(
     samples: int = 1,
     on_text: Callable[[int, int, str], None] | None = None,
     draft: LoadedModel | None = None,
+    on_end: Callable[[int, int, Completion], None] = lambda prompt, sample, completion: None,
 ) -> list[list[Completion]]:
     """For each prompt (token ids) `samples` continuations.
 
-    `on_text(prompt, sample, text)` gets each new piece of text as soon as it is certain; `draft` guesses tokens, where
+    `on_text(prompt, sample, text)` gets each new piece of text as soon as it is certain, `on_end` each text that has
+    ended, where they are not chosen among several; `draft` guesses tokens, where
     `sampling` wants that. Raises `DataError` for a prompt that leaves no room in the model's context, `GenerationError`
     for a constraint that cannot be followed, or a draft with other tokens.
     """
@@ -452,15 +454,19 @@ def generate(
         return _likeliest(loaded, encoder, prompts, sampling, samples, draft)
     engine = Engine(loaded, encoder, SLOTS, draft=draft)
     requests: dict[tuple[int, int], Request] = {}
+    found: dict[tuple[int, int], Completion] = {}
     # prompts of a length stand side by side, and the longest do not come last, alone
     for number in sorted(range(len(prompts)), key=lambda number: -len(prompts[number])):
         for sample in range(samples):
             emit = _emitter(on_text, number, sample) if on_text else None
             requests[number, sample] = engine.add(prompts[number], sampling, sample, emit)
     with engine.running():
-        while engine.step():
-            pass
-    return [[requests[number, sample].result() for sample in range(samples)] for number in range(len(prompts))]
+        while requests:
+            engine.step()
+            for place in [place for place, request in requests.items() if request.ended]:
+                found[place] = requests.pop(place).result()
+                on_end(*place, found[place])
+    return [[found[number, sample] for sample in range(samples)] for number in range(len(prompts))]
 
 
 def room_behind(prompt: Sequence[int], sampling: Sampling, context: int) -> int:

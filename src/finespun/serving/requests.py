@@ -29,6 +29,7 @@ from finespun.serving.tools import CLOSE, calls_schema
 
 
 async def read_chat(body: ChatRequest, model: ServedModel, settings: ServerSettings) -> Asked:
+    """What a chat request asks of the model. Raises `ApiError` where it cannot be."""
     tools = [tool.model_dump(exclude_unset=True) for tool in body.tools or []]
     choice = body.tool_choice or "auto"
     if not tools and choice not in ("auto", "none"):
@@ -60,6 +61,7 @@ async def read_chat(body: ChatRequest, model: ServedModel, settings: ServerSetti
 
 
 async def read_completion(body: CompletionRequest, model: ServedModel, settings: ServerSettings) -> Asked:
+    """What a completion request asks of the model. Raises `ApiError` where it cannot be."""
     sampling = _sampling(body, model, settings, body.max_tokens, [], logprobs=body.logprobs)
     given: Any = (
         body.prompt if isinstance(body.prompt, list) and isinstance(body.prompt[0], str | list) else [body.prompt]

@@ -67,6 +67,7 @@ class ChatText:
 
 
 async def whole_chat(answer: Answer, asked: Asked) -> ChatCompletion:
+    """The answer to a chat request that is not streamed, once all its texts have ended."""
     choices = []
     for index, completion in enumerate(await _completions(answer)):
         text = ChatText(asked, answer.model.tagged_calls)
@@ -113,6 +114,7 @@ async def chat_chunks(answer: Answer, asked: Asked, usage: bool) -> AsyncIterato
 
 
 async def whole_completion(answer: Answer) -> TextCompletion:
+    """The answer to a completion request that is not streamed, once all its texts have ended."""
     choices = [
         CompletionChoice(
             index=index,

@@ -6,20 +6,19 @@ import asyncio
 import contextlib
 import ipaddress
 import math
-import os
 import signal
 import socket
-import threading
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from types import FrameType
 
 import uvicorn
 
-from finespun.errors import RecipeError, ServingError
+from finespun.errors import RecipeError
 from finespun.serving.app import create_app
 from finespun.serving.logs import log_to_stderr
 from finespun.serving.service import Service, name_sources
 from finespun.serving.settings import ServerSettings
+from finespun.web import Server, listen
 
 
 def serve(
@@ -36,12 +35,12 @@ def serve(
     """
     check_key(settings, api_key)
     service = Service(settings, name_sources(sources), api_key)
-    with listen(settings) as listener:
+    with listen(settings.host, settings.port) as listener:
         log_to_stderr(settings.log_prompts)
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
         address = f"http://{host}:{listener.getsockname()[1]}/v1"
         service.on_ready = lambda: announce(f"Serving {', '.join(service.models)} at {address}")
-        Server(service).run(sockets=[listener])
+        ModelServer(service).run(sockets=[listener])
     if service.failure:
         raise service.failure
 
@@ -64,24 +63,8 @@ def _is_loopback(host: str) -> bool:
         return host.lower() == "localhost"
 
 
-def listen(settings: ServerSettings) -> socket.socket:
-    """A listening socket: whoever else wants the port is told now, before any model is loaded. Raises
-    `ServingError`."""
-    try:
-        family, _, _, _, address = socket.getaddrinfo(
-            settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        return socket.create_server(address[:2], family=family, backlog=2048)
-    except (OSError, UnicodeError) as error:
-        number = getattr(error, "errno", None) or 0  # negative where a name is not known
-        reason = os.strerror(number) if number > 0 else getattr(error, "strerror", None) or error
-        raise ServingError(
-            f"Cannot listen at {settings.host} port {settings.port}: {reason}. Choose another --port or --host."
-        ) from None
-
-
-class Server(uvicorn.Server):
-    """uvicorn's server, which tells `service` to stop, and does not die of the signal that told it so."""
+class ModelServer(Server):
+    """A server that tells `service` to stop."""
 
     def __init__(self, service: Service) -> None:
         grace = service.settings.grace_seconds
@@ -117,16 +100,3 @@ class Server(uvicorn.Server):
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
         await super().serve(sockets)
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Generator[None]:
-        """As uvicorn's, without raising the signal again at the end: stopping when told to is no failure."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = {sig: signal.signal(sig, self.handle_exit) for sig in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for sig, handler in before.items():
-                signal.signal(sig, handler)

@@ -49,6 +49,8 @@ class Item:
 
 @dataclass(frozen=True)
 class Annotator:
+    """Somebody who judges: the secret in the personal link, and what is judged, in its order."""
+
     token: str
     tasks: tuple[Task, ...]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import string
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -30,7 +31,7 @@ Several = Literal["best", "mean"]
 RougeKind = Literal["1", "2", "L", "Lsum"]
 
 
-class _AgainstReferences:
+class _AgainstReferences(ABC):
     """A score of an output and one reference; the mean over examples."""
 
     name: str
@@ -44,9 +45,9 @@ class _AgainstReferences:
         over = max if self.several == "best" else fmean
         return Mean(np.array([over([score(one.text, other) for other in one.references]) for one in outputs]))
 
+    @abstractmethod
     def _score_of(self, outputs: Sequence[Output]) -> Callable[[str, str], float]:
         """What scores an output against a reference."""
-        raise NotImplementedError
 
 
 class Rouge(_AgainstReferences):

@@ -7,6 +7,7 @@ scores: for BLEU smoothed, and with effective order, that is, orders without any
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from importlib.util import find_spec
 from itertools import zip_longest
@@ -33,7 +34,7 @@ def bleu_tokenizer(language: str | None) -> str:
     return _WITHOUT_SPACES.get(language or "", "13a")
 
 
-class _Sacrebleu:
+class _Sacrebleu(ABC):
     """A score of sacrebleu. `language` is the ISO 639-1 code of the references; told from them where it is None."""
 
     name: str
@@ -61,9 +62,9 @@ class _Sacrebleu:
     def _told(self, outputs: Sequence[Output]) -> str | None:
         return self._language or common_language(texts_in_language(outputs))
 
+    @abstractmethod
     def _scorers(self, outputs: Sequence[Output]) -> tuple[Scorer, Scorer]:
         """What scores all examples, and what scores one, from the same counts."""
-        raise NotImplementedError
 
     def _texts(self, outputs: Sequence[Output]) -> tuple[Sequence[str], Sequence[Sequence[str]]]:
         return [output.text for output in outputs], [output.references for output in outputs]
