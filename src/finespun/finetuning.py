@@ -37,7 +37,7 @@ from finespun.models.load import (
 )
 from finespun.models.trainable import make_trainable
 from finespun.recipe import Recipe, TrainingRecipe, changed_keys
-from finespun.report import LENGTH_ACTIONS, write_report
+from finespun.reports.training import LENGTH_ACTIONS, write_report
 from finespun.runs import RunFolder, default_out, environment
 from finespun.training.checkpoint import Checkpoint, newest_checkpoint
 from finespun.training.loop import ExampleLosses, ResolvedTraining, example_losses, tokens_per_second, train

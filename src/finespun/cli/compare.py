@@ -81,7 +81,7 @@ def compare(
     from finespun.evaluation.llm_judge import RUBRIC, Judge, judge_outputs
     from finespun.evaluation.systems import comparison_json, comparison_metrics, read_systems, unlike_settings
     from finespun.files import write_text
-    from finespun.report import comparison_lines, write_comparison
+    from finespun.reports.comparison import comparison_lines, write_comparison
     from finespun.training.progress import Reporter
 
     reporter = Reporter(quiet)

@@ -47,7 +47,7 @@ def check(
     recipe = _recipe(files, model, data)
 
     from finespun import inspection
-    from finespun.report import check_lines, write_check
+    from finespun.reports.data import check_lines, write_check
     from finespun.training.progress import Reporter
 
     with Reporter(quiet).counting("checking", "rows") as on_row:
@@ -148,7 +148,7 @@ def select(
     recipe = _recipe(pool, None, data)
 
     from finespun import inspection
-    from finespun.report import selection_lines
+    from finespun.reports.data import selection_lines
 
     out = out or Path("selected.jsonl")
     selection, left_out = inspection.select_rows(recipe.data, like, keep, out, seed)

@@ -45,7 +45,7 @@ def evaluate(
         Print nothing but errors.
     """
     from finespun.evaluation.evaluate import evaluate as evaluated
-    from finespun.report import evaluation_lines
+    from finespun.reports.evaluation import evaluation_lines
     from finespun.training.progress import Reporter
 
     reporter = Reporter(quiet)

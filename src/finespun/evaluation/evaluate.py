@@ -54,7 +54,7 @@ from finespun.generation.settings import Sampling
 from finespun.models.catalog import weights_sha256
 from finespun.models.load import LoadedModel, grow_vocabulary, load_model, locate_model
 from finespun.recipe import PromptFormat, Recipe, TrainOn
-from finespun.report import write_evaluation
+from finespun.reports.evaluation import write_evaluation
 from finespun.runs import RunFolder
 from finespun.training.objectives.causal_lm import CausalLM
 from finespun.training.progress import Reporter

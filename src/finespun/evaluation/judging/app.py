@@ -20,11 +20,12 @@ from starlette.exceptions import HTTPException
 from finespun.evaluation.judging.analysis import passes
 from finespun.evaluation.judging.answers import BadAnswer, read_answer
 from finespun.evaluation.judging.design import Task
-from finespun.evaluation.judging.report import PAGES, LiveResults, environment
+from finespun.evaluation.judging.report import PAGES, LiveResults
 from finespun.evaluation.judging.store import Progress, Store
 from finespun.evaluation.judging.study import Item
 from finespun.evaluation.judging.words import NAMES, WORDS, Language, preferred, told
 from finespun.files import hash_of
+from finespun.reports.page import environment
 
 LARGEST_FORM = 1_000_000
 """Bytes."""
@@ -85,7 +86,7 @@ class Pages:
         self._study = store.study
         self._url = url
         self._live = LiveResults(store)
-        self._environment = environment()
+        self._environment = environment(PAGES)
         self._assets = {
             "style.css": (self._style(), "text/css"),
             **{

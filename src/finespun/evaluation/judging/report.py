@@ -3,9 +3,7 @@ all judgements as JSONL or CSV, judged pairs as preference data."""
 
 from __future__ import annotations
 
-import base64
 import csv
-import hashlib
 import io
 import json
 import threading
@@ -15,34 +13,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
 from finespun.errors import DataError, RecipeError
 from finespun.evaluation.judging.analysis import MOST_SHOWN, Judgement, Pair, Results, Vote, Worker, analyse
 from finespun.evaluation.judging.store import Store
 from finespun.evaluation.judging.study import Item, Prompt, Study
 from finespun.files import write_text
+from finespun.reports.page import write_page
 
 PAGES = Path(__file__).parent / "pages"
-PACKAGE = Path(__file__).parents[2]
 
 LIVE_DRAWS = 200
 """Resamples of a bootstrap on the page that is made anew with each answer."""
 
 METHODS = {"pairs": "pairs of texts", "ranking": "rankings", "rating": "ratings by criteria"}
-
-
-def environment() -> Environment:
-    """Templates of this folder, and finespun's frame of a page."""
-    made = Environment(
-        loader=FileSystemLoader([PAGES, PACKAGE], encoding="utf-8"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    made.filters["sha256_source"] = _sha256_source
-    return made
 
 
 def study_results(store: Store, without: Sequence[int] = ()) -> Results:
@@ -88,7 +71,7 @@ def write_results(results: Results, page: Path) -> None:
     """Writes the page of the results, one file that needs nothing else. Raises `RunError` where the disk does not take
     it."""
     page.parent.mkdir(parents=True, exist_ok=True)
-    write_text(page, environment().get_template("judged.html.j2").render(results_view(results)))
+    write_page(page, "judged.html.j2", results_view(results), PAGES)
 
 
 class LiveResults:
@@ -387,8 +370,3 @@ def _alpha(value: float | None) -> str:
 
 def _signed(value: float) -> str:
     return f"{value:+.2f}".replace("-", "−")
-
-
-def _sha256_source(text: str) -> str:
-    """The name by which a Content-Security-Policy allows exactly this script or style."""
-    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"

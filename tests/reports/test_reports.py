@@ -17,7 +17,9 @@ import pytest
 from finespun.data.check import check_texts
 from finespun.data.texts import read_texts
 from finespun.recipe import DataRecipe, Recipe
-from finespun.report import _change, _count, _duration, _length_limit, _percent, _perplexity, write_check, write_report
+from finespun.reports.data import write_check
+from finespun.reports.figures import count, duration, percent, perplexity
+from finespun.reports.training import _change, _length_limit, write_report
 from finespun.runs import RunFolder
 
 ALERT = "<script>alert(1)</script>"
@@ -287,7 +289,7 @@ def test_length_limit(action: str, many: int, lost: int, expected: str) -> None:
 
 
 def test_formats() -> None:
-    assert [_percent(value) for value in (42.0, 4.7, 0.04, 0, 99.96, 100, 105, 2900)] == [
+    assert [percent(value) for value in (42.0, 4.7, 0.04, 0, 99.96, 100, 105, 2900)] == [
         "42 %",
         "4.7 %",
         "0.04 %",
@@ -297,9 +299,9 @@ def test_formats() -> None:
         "105 %",
         "2,900 %",
     ]
-    assert [_perplexity(value) for value in (3.14159, 31.416, 3141.59, math.inf)] == ["3.14", "31.4", "3,142", "∞"]
-    assert [_duration(value) for value in (2.34, 42, 200, 7500)] == ["2.3 s", "42 s", "3 min 20 s", "2 h 05 min"]
-    assert _count(12345.6) == "12,346"
+    assert [perplexity(value) for value in (3.14159, 31.416, 3141.59, math.inf)] == ["3.14", "31.4", "3,142", "∞"]
+    assert [duration(value) for value in (2.34, 42, 200, 7500)] == ["2.3 s", "42 s", "3 min 20 s", "2 h 05 min"]
+    assert count(12345.6) == "12,346"
     assert _change(interval(0.58, 0.55, 0.61))["value"] == "−42 %"
 
 
