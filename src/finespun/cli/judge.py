@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from cyclopts import App, Parameter
 
-from finespun.errors import FinespunError, RecipeError
+from finespun.errors import FinespunError
 from finespun.evaluation.judging.settings import JudgeServerSettings, StudySettings
-from finespun.evaluation.settings import EvaluationData, EvaluationSettings
+from finespun.evaluation.settings import EvaluationData
 from finespun.generation.settings import Sampling
-
-if TYPE_CHECKING:
-    from finespun.evaluation.judging.store import Store
 
 app = App(name="judge", help="Let people compare what models wrote, blind.")
 
@@ -50,9 +47,14 @@ def judge(
     """
     _check_packages()
     from finespun.evaluation.judging.server import serve
+    from finespun.evaluation.judging.store import open_study
 
-    written = _written(outputs, data, sampling, study) if data else outputs
-    store = _store(written, study, settings or StudySettings())
+    if data:
+        from finespun.evaluation.systems import outputs_to_judge
+        from finespun.training.progress import Reporter
+
+        outputs = outputs_to_judge(outputs, data, sampling, study, Reporter())
+    store = open_study(outputs, study, settings or StudySettings())
     print(f"Study: {store.file} ({len(store.study.models)} models, {len(store.study.annotators)} annotators)")
     try:
         serve(store, server or JudgeServerSettings(), lambda what, link: print(f"{what}: {link}", flush=True))
@@ -127,38 +129,6 @@ def preferences(study: Path, /, *, to: Path, without: Without = None) -> None:
     from finespun.evaluation.judging.store import Store
 
     print(f"{export_preferences(study_results(Store.open(study), without or ()), to)} pairs written: {to}")
-
-
-def _written(outputs: list[str], data: EvaluationData, sampling: Sampling | None, study: Path) -> list[str]:
-    """NAME=FOLDER of what each of `outputs` has written to the prompts of `data`."""
-    from finespun.evaluation.systems import evaluation_of, split_name
-    from finespun.training.progress import Reporter
-
-    reporter, settings = Reporter(), EvaluationSettings(likelihood="off", metrics=["length"])
-    found = []
-    for name, place in map(split_name, outputs):
-        folder = evaluation_of(name, Path(place), data, settings, sampling, study.stem, study.with_suffix(""), reporter)
-        found.append(f"{name or place}={folder}")
-    return found
-
-
-def _store(outputs: list[str], file: Path, settings: StudySettings) -> Store:
-    """The study in the file `outputs` names alone; else the one in `file`, made of `outputs` where there is none."""
-    from finespun.evaluation.judging.store import Store, is_study
-    from finespun.evaluation.judging.study import create_study
-
-    if len(outputs) == 1 and is_study(Path(outputs[0])):
-        return Store.open(Path(outputs[0]))
-    made = create_study(outputs, settings)
-    if not file.exists():
-        return Store.create(file, made)
-    store = Store.open(file)
-    if difference := store.study.differs_from(made):
-        raise RecipeError(
-            f"{file} has another study: {difference}. Go on with it (finespun judge {file}), or begin a new one with "
-            "--study FILE."
-        )
-    return store
 
 
 def _check_packages() -> None:

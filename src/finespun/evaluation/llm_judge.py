@@ -30,6 +30,7 @@ from finespun.errors import DataError, JudgeError, RecipeError
 from finespun.evaluation.comparison import Wins
 from finespun.evaluation.outputs import Output
 from finespun.evaluation.perplexity import Interval
+from finespun.evaluation.settings import LLMJudgeSettings
 from finespun.files import append_line, hash_of
 from finespun.recipe import explain
 
@@ -159,6 +160,30 @@ class _Question:
     shown: tuple[int, int]
     messages: list[dict[str, str]]
     key: str
+
+
+def find_judge(settings: LLMJudgeSettings) -> Judge | None:
+    """The judge that a person named, if one was. Raises `RecipeError` for settings that do not go together, `DataError`
+    for a rubric that cannot be read."""
+    url, model, rubric = settings.judge_url, settings.judge_model, settings.rubric
+    if (url is None) != (model is None):
+        raise RecipeError("--judge-url and --judge-model go together: where the judging model is, and its name.")
+    if rubric is not None and url is None:
+        raise RecipeError("--rubric is for a judging model: give --judge-url and --judge-model too.")
+    if not (url and model):
+        return None
+    wanted = _read_rubric(rubric) if rubric else RUBRIC
+    return Judge(url, model, wanted, settings.judge_max_tokens, settings.judge_concurrency, settings.judge_timeout)
+
+
+def _read_rubric(file: Path) -> str:
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{file}: cannot be read ({error}).") from None
+    if not text.strip():
+        raise DataError(f"{file}: is empty; it should say what a better output is.")
+    return text
 
 
 def judge_outputs(

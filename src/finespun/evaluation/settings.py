@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -56,3 +57,23 @@ class EvaluationSettings(Section):
         if self.window and self.stride and self.stride >= self.window:
             raise ValueError("`stride` must be below `window`, so that each token has something before it")
         return self
+
+
+class LLMJudgeSettings(Section):
+    """The model that judges each two outputs of a comparison, if one does."""
+
+    judge_url: str | None = None
+    """An OpenAI-compatible address whose model judges each two outputs; its key is read from the environment variable
+    FINESPUN_JUDGE_API_KEY."""
+    judge_model: str | None = None
+    """The name of that model."""
+    rubric: Path | None = None
+    """A text file that says what a better output is."""
+    judge_examples: Annotated[int, Field(ge=1)] | None = None
+    """Judge so many examples only, drawn by chance."""
+    judge_concurrency: Annotated[int, Field(ge=1)] = 4
+    """So many questions are under way at once."""
+    judge_max_tokens: int = 1024
+    """Longest reply of the judging model; one that thinks first needs more."""
+    judge_timeout: float = 120.0
+    """Seconds that a reply may take."""

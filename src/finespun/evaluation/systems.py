@@ -1,4 +1,4 @@
-"""What is compared: evaluations that are there, or models that are evaluated first."""
+"""What is compared: evaluations that are there, or models that are evaluated first; and what comes of it."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from finespun.errors import DataError, RecipeError
+from finespun.evaluation.comparison import Comparison, Wins, check_comparable, compare
+from finespun.evaluation.llm_judge import Judgement, find_judge, judge_outputs
 from finespun.evaluation.metrics import METRICS, Measured, Metric, metrics_for
 from finespun.evaluation.metrics.base import Better, Totals, checked
 from finespun.evaluation.outputs import Output, read_lines, read_outputs
-from finespun.evaluation.settings import EvaluationData, EvaluationSettings
+from finespun.evaluation.perplexity import Interval
+from finespun.evaluation.settings import EvaluationData, EvaluationSettings, LLMJudgeSettings
+from finespun.files import write_text
 from finespun.generation.settings import Sampling
-
-if TYPE_CHECKING:
-    from finespun.evaluation.comparison import Comparison, Wins
-    from finespun.evaluation.llm_judge import Judgement
-    from finespun.evaluation.perplexity import Interval
-    from finespun.training.progress import Reporter
+from finespun.reports.comparison import write_comparison
+from finespun.training.progress import Reporter
 
 
 @dataclass(frozen=True)
@@ -52,35 +52,105 @@ class System:
         return cls(folder, summary, outputs, np.array(rows) if rows and len(rows) == len(outputs) else None)
 
 
-def read_systems(
-    given: Sequence[str],
-    data: EvaluationData | None,
-    settings: EvaluationSettings,
-    sampling: Sampling | None,
-    name: str | None,
-    out: Path,
-    reporter: Reporter,
-) -> dict[str, System]:
-    """The systems that a person named, by their names. Each is an evaluation folder, or a run or a model, which is
-    evaluated on `data` first (a model's evaluation goes into `out`); NAME= before it gives it a name of its own.
+@dataclass(frozen=True)
+class Evaluations:
+    """How what a person named is found evaluated: an evaluation folder is; a run or a model is evaluated on `data`
+    first, a run under `name` among its evaluations, a model in `out`."""
+
+    data: EvaluationData | None
+    settings: EvaluationSettings
+    sampling: Sampling | None
+    name: str | None
+    out: Path
+    reporter: Reporter
+
+    def find(self, given: str) -> tuple[str, str, Path]:
+        """For PLACE or NAME=PLACE, the name (empty where there is none), the place, and the folder of its evaluation.
+        Raises `DataError` where there is none and no data, and what evaluating raises."""
+        own, place = split_name(given)
+        path = Path(place)
+        if (path / "summary.json").is_file():
+            return own, place, path
+        if self.data is None:
+            there = sorted(each.parent for each in (path / "evaluations").glob("*/summary.json"))
+            choice = f" It has the evaluations {', '.join(map(str, there))}." if there else ""
+            raise DataError(
+                f"{path}: is no evaluation.{choice} Name an evaluation, or give --data FILE to have it evaluated first."
+            )
+        from finespun.evaluation.evaluate import evaluate
+        from finespun.runs import RunFolder
+
+        self.reporter.say(f"Evaluating {path}")
+        is_run = RunFolder(path).recipe_file.is_file()
+        out = None if is_run else self.out / "evaluations" / (own or str(path).strip("/").replace("/", "-"))
+        name = self.name if is_run else None
+        what = (path, self.data, self.settings, self.sampling)
+        return own, place, evaluate(*what, name=name, out=out, reporter=self.reporter)
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What came of a comparison."""
+
+    comparison: Comparison
+    judgement: Judgement | None
+    """What a judging model said, if one was asked."""
+    notes: list[str]
+    """In what else than the model the systems' evaluations differ."""
+
+
+def compare_systems(given: Sequence[str], evaluations: Evaluations, judging: LLMJudgeSettings, seed: int) -> Compared:
+    """Compares the systems that a person named, asks a judging model if there is one, and writes `comparison.json` and
+    `comparison.html` into `evaluations.out`. Raises as `read_systems`, `compare` and `judge_outputs` do."""
+    judge, out, reporter = find_judge(judging), evaluations.out, evaluations.reporter
+    systems = read_systems(given, evaluations)
+    outputs = {name: system.outputs for name, system in systems.items()}
+    check_comparable(outputs)
+    with reporter.counting("Comparing", "metrics") as count:
+        comparison = compare(outputs, comparison_metrics(systems, evaluations.settings), seed, on_metric=count)
+    out.mkdir(parents=True, exist_ok=True)
+    judgement = None
+    if judge:
+        try:
+            with reporter.counting("Judging", "questions") as count:
+                kept = out / "judgements.jsonl"
+                judgement = judge_outputs(outputs, judge, kept, judging.judge_examples, seed, count)
+        except KeyboardInterrupt:
+            reporter.say("What was judged is kept: the same command goes on from there.")
+            raise
+    compared = Compared(comparison, judgement, unlike_settings(systems))
+    found = json.dumps(comparison_json(systems, compared), indent=2, ensure_ascii=False)
+    write_text(out / "comparison.json", found + "\n")
+    write_comparison(out / "comparison.html", compared)
+    return compared
+
+
+def read_systems(given: Sequence[str], evaluations: Evaluations) -> dict[str, System]:
+    """The systems that a person named, by their names: NAME= before a place, else that of the model.
 
     Raises `RecipeError` where there are fewer than two, or two of one name, and what evaluating raises.
     """
     if len(given) < 2:
         raise RecipeError("A comparison takes two systems or more: evaluation folders, runs or models.")
-    named = [split_name(part) for part in given]
-    systems = [
-        System.read(evaluation_of(own, Path(place), data, settings, sampling, name, out, reporter))
-        for own, place in named
-    ]
-    models = Counter(str(system.summary["model"]["name"]) for system in systems)
-    names = []
-    for (own, place), system in zip(named, systems, strict=True):
+    found = [(own, place, System.read(folder)) for own, place, folder in map(evaluations.find, given)]
+    models = Counter(str(system.summary["model"]["name"]) for _, _, system in found)
+    systems: dict[str, System] = {}
+    for own, place, system in found:
         model = str(system.summary["model"]["name"])
-        names.append(own or (model if models[model] == 1 else place))
-    if twice := [each for each, count in Counter(names).items() if count > 1]:
-        raise RecipeError(f"Two systems are called {twice[0]}: give each a name, as in base={given[0]}.")
-    return dict(zip(names, systems, strict=True))
+        name = own or (model if models[model] == 1 else place)
+        if name in systems:
+            raise RecipeError(f"Two systems are called {name}: give each a name, as in base={given[0]}.")
+        systems[name] = system
+    return systems
+
+
+def outputs_to_judge(
+    given: Sequence[str], data: EvaluationData, sampling: Sampling | None, study: Path, reporter: Reporter
+) -> list[str]:
+    """NAME=FOLDER of what each of `given` has written to the prompts of `data`, for the study in the file `study`."""
+    settings = EvaluationSettings(likelihood="off", metrics=["length"])
+    evaluations = Evaluations(data, settings, sampling, study.stem, study.with_suffix(""), reporter)
+    return [f"{own or place}={folder}" for own, place, folder in map(evaluations.find, given)]
 
 
 def comparison_metrics(systems: Mapping[str, System], settings: EvaluationSettings) -> list[Metric]:
@@ -178,37 +248,6 @@ def split_name(given: str) -> tuple[str, str]:
     return (name, place) if named else ("", given)
 
 
-def evaluation_of(
-    own: str,
-    place: Path,
-    data: EvaluationData | None,
-    settings: EvaluationSettings,
-    sampling: Sampling | None,
-    name: str | None,
-    out: Path,
-    reporter: Reporter,
-) -> Path:
-    """The folder of the evaluation at `place`, or of that of the run or model there, which is evaluated on `data`; of a
-    model that is no run, it is in `out`, under the name `own`. Raises `DataError` without data, and what evaluating
-    raises."""
-    if (place / "summary.json").is_file():
-        return place
-    if data is None:
-        there = sorted(each.parent for each in (place / "evaluations").glob("*/summary.json"))
-        choice = f" It has the evaluations {', '.join(map(str, there))}." if there else ""
-        raise DataError(
-            f"{place}: is no evaluation.{choice} Name an evaluation, or give --data FILE to have it evaluated first."
-        )
-    from finespun.evaluation.evaluate import evaluate
-    from finespun.runs import RunFolder
-
-    reporter.say(f"Evaluating {place}")
-    if RunFolder(place).recipe_file.is_file():
-        return evaluate(str(place), data, settings, sampling, name=name, reporter=reporter)
-    target = out / "evaluations" / (own or str(place).strip("/").replace("/", "-"))
-    return evaluate(str(place), data, settings, sampling, out=target, reporter=reporter)
-
-
 def _summary(folder: Path) -> dict[str, Any]:
     file = folder / "summary.json"
     try:
@@ -221,11 +260,9 @@ def _summary(folder: Path) -> dict[str, Any]:
     return summary
 
 
-def comparison_json(
-    systems: Mapping[str, System], comparison: Comparison, judgement: Judgement | None, notes: Sequence[str]
-) -> dict[str, Any]:
+def comparison_json(systems: Mapping[str, System], compared: Compared) -> dict[str, Any]:
     """All that a comparison found, as `comparison.json` holds it."""
-    names = list(systems)
+    names, comparison, judgement = list(systems), compared.comparison, compared.judgement
     return {
         "systems": [
             {"name": name, "evaluation": str(system.folder), "model": system.summary["model"]}
@@ -236,7 +273,7 @@ def comparison_json(
         "trials": comparison.trials,
         "seed": comparison.seed,
         "correction": "Holm",
-        "notes": list(notes),
+        "notes": compared.notes,
         "metrics": [
             {
                 "name": scores.metric,

@@ -19,11 +19,12 @@ if TYPE_CHECKING:
     from finespun.evaluation.comparison import Comparison, Difference
     from finespun.evaluation.llm_judge import Judged, Judgement
     from finespun.evaluation.perplexity import Interval
+    from finespun.evaluation.systems import Compared
 
 
-def write_comparison(page: Path, comparison: Comparison, judgement: Judgement | None, notes: Sequence[str]) -> None:
-    """Writes the page of a comparison, with what a judging model said if one was asked. Raises `RunError` where the
-    disk does not take it."""
+def write_comparison(page: Path, compared: Compared) -> None:
+    """Writes the page of a comparison. Raises `RunError` where the disk does not take it."""
+    comparison, judgement = compared.comparison, compared.judgement
     names = list(comparison.systems)
     pairs = []
     for place, (first, second) in enumerate(comparison.pairs):
@@ -45,16 +46,17 @@ def write_comparison(page: Path, comparison: Comparison, judgement: Judgement | 
         "comparison": comparison,
         "pairs": pairs,
         "judgement": judgement,
-        "notes": notes,
+        "notes": compared.notes,
         "version": version("finespun"),
     }
     write_page(page, "comparison.html.j2", view)
 
 
-def comparison_lines(comparison: Comparison, judgement: Judgement | None, notes: Sequence[str]) -> list[str]:
+def comparison_lines(compared: Compared) -> list[str]:
     """What a comparison found, for a terminal."""
+    comparison, judgement = compared.comparison, compared.judgement
     names = list(comparison.systems)
-    lines = list(notes)
+    lines = list(compared.notes)
     for place, (first, second) in enumerate(comparison.pairs):
         table = [["", names[first], names[second], "difference", "95 % interval", "win/tie/loss", "p (Holm)", ""]]
         columns = ("name", "first", "second", "difference", "interval", "wins", "p", "verdict")

@@ -11,7 +11,7 @@ import contextlib
 import sqlite3
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,9 +19,10 @@ from typing import Literal
 
 from pydantic import TypeAdapter, ValidationError
 
-from finespun.errors import DataError
+from finespun.errors import DataError, RecipeError
 from finespun.evaluation.judging.answers import Answer
-from finespun.evaluation.judging.study import Study
+from finespun.evaluation.judging.settings import StudySettings
+from finespun.evaluation.judging.study import Study, create_study
 from finespun.files import replacing
 
 EventKind = Literal["start", "answer", "undo"]
@@ -235,6 +236,23 @@ class Store:
                 ) from None
             events.append(Event(*fields, answer))
         return events
+
+
+def open_study(outputs: Sequence[str], file: Path, settings: StudySettings) -> Store:
+    """The study in the file that `outputs` names alone; else the one in `file`, made of `outputs` where there is none.
+    Raises `RecipeError` where another is in `file`, and as `create_study` and `Store.open` do."""
+    if len(outputs) == 1 and is_study(Path(outputs[0])):
+        return Store.open(Path(outputs[0]))
+    made = create_study(outputs, settings)
+    if not file.exists():
+        return Store.create(file, made)
+    store = Store.open(file)
+    if difference := store.study.differs_from(made):
+        raise RecipeError(
+            f"{file} has another study: {difference}. Go on with it (finespun judge {file}), or begin a new one with "
+            "--study FILE."
+        )
+    return store
 
 
 def is_study(file: Path) -> bool:
