@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     GPT2Config,
@@ -20,6 +21,9 @@ from transformers import (
 
 from finespun.models.catalog import converted_folder
 from finespun.models.load import LoadedModel, load_model
+
+settings.register_profile("finespun", deadline=None)  # how long a test takes says how busy the machine is
+settings.load_profile("finespun")
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from finespun.cli import main
 from finespun.conversation import Conversation
 from finespun.errors import DataError, GenerationError, RecipeError
 from finespun.generation.constraints import Constraint
@@ -107,14 +109,21 @@ def test_an_interrupted_answer_ends_where_it_is(model: TextModel, monkeypatch: p
     assert talk.say("hello again", silent)
 
 
-def test_talking_over_a_pipe(tiny_folder: Path, tmp_path: Path) -> None:
+def test_talking_over_a_pipe(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     turns = 'hello\n/temperature 0\n"""\ntwo\nlines\n"""\n/undo\n/save said.jsonl\n'
-    command = [sys.executable, "-m", "finespun", "chat", str(tiny_folder), "--max-new-tokens", "6"]
-    done = subprocess.run(command, input=turns, capture_output=True, text=True, cwd=tmp_path, check=False)
+    command = ["chat", str(tiny_folder), "--max-new-tokens", "6"]
+    done = subprocess.run(
+        [sys.executable, "-m", "finespun", *command], input=turns, capture_output=True, text=True, cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr
     (saved,) = map(json.loads, (tmp_path / "said.jsonl").read_text(encoding="utf-8").splitlines())
     assert saved["messages"][0]["content"] == "hello"
     assert done.stdout.startswith(saved["messages"][1]["content"])
-    wrong = subprocess.run(command, input="/temprature 1\n", capture_output=True, text=True, cwd=tmp_path, check=False)
-    assert (wrong.returncode, wrong.stdout) == (2, "")
-    assert "Did you mean temperature" in wrong.stderr
+    monkeypatch.setattr(sys, "stdin", io.StringIO("/temprature 1\n"))
+    with pytest.raises(SystemExit) as stop:
+        main(command)
+    out, err = capsys.readouterr()
+    assert (stop.value.code, out) == (2, "")
+    assert "Did you mean temperature" in err

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
+import io
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +11,7 @@ import torch
 
 from conftest import CHATML, sentences
 from finespun import finetuning
+from finespun.cli import main
 from finespun.recipe import Recipe
 from finespun.runs import RunFolder
 from finespun.training.progress import Reporter
@@ -134,10 +135,13 @@ def test_the_model_before_training_is_measured_once_for_the_same_weights_and_tex
     assert run("f", model=Path("lora"))[2]  # its base is the same, its adapter is not
 
 
-def test_texts_that_are_piped_in_are_kept_with_the_run(tiny_folder: Path, in_tmp: Path) -> None:
-    command = [sys.executable, "-m", "finespun", "train", "--model", str(tiny_folder), "--data", "-", "--out", "run"]
+def test_texts_that_are_piped_in_are_kept_with_the_run(
+    tiny_folder: Path, in_tmp: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     piped = "".join(json.dumps({"text": text}) + "\n" for text in sentences(8))
-    subprocess.run([*command, "--training.max-steps", "1", "--quiet"], input=piped.encode(), check=True)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(piped.encode())))
+    command = ["train", "--model", str(tiny_folder), "--data", "-", "--out", "run"]
+    main([*command, "--training.max-steps", "1", "--quiet"])
     assert Path("run/data.jsonl").read_text(encoding="utf-8") == piped
     assert Recipe.load("run/recipe.yaml").data.source == [str(Path("run/data.jsonl").absolute())]
 

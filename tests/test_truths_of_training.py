@@ -144,7 +144,7 @@ def test_03_a_long_example_counts_by_its_tokens_not_as_one_of_two(tiny: LoadedMo
 # 4
 
 
-@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     prompt=st.text(alphabet=st.sampled_from("theoldfryman \n.你好🙂é"), min_size=1, max_size=20),
     completion=st.text(min_size=1, max_size=20).filter(lambda text: "<|im_" not in text),  # refused: a turn's end

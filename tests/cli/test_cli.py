@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 import os
 import pty
@@ -76,15 +77,12 @@ def test_a_terminal_gets_the_text_alone(tiny_folder: Path, tmp_path: Path) -> No
     assert done.stderr == b""
 
 
-def test_a_prompt_may_come_from_standard_input(tiny_folder: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "finespun", "generate", str(tiny_folder), "--max-new-tokens", "3"],
-        input="the old\n",
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert json.loads(done.stdout)["prompt"] == "the old"
+def test_a_prompt_may_come_from_standard_input(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("the old\n"))
+    main(["generate", str(tiny_folder), "--max-new-tokens", "3"])
+    assert json.loads(capsys.readouterr().out)["prompt"] == "the old"
 
 
 def test_models_says_what_is_here(smollm2_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1283,7 +1283,7 @@ def check(example: Example | BadRow, reader: ExampleReader) -> None:
 
 
 @pytest.mark.parametrize("format", get_args(Format))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(data=st.data(), wanted=st.booleans())
 def test_nothing_in_a_column_ends_in_a_traceback(format: Format, data: st.DataObject, wanted: bool) -> None:  # noqa: A002
     columns = data.draw(st.fixed_dictionaries({}, optional=dict.fromkeys(columns_of[format], cells)))
@@ -1292,7 +1292,7 @@ def test_nothing_in_a_column_ends_in_a_traceback(format: Format, data: st.DataOb
     reader.refuse_mixture()
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(columns=st.dictionaries(texts | st.sampled_from(["text", "prompt", "completion", 5, None]), cells, max_size=4))
 def test_no_columns_end_in_a_traceback(columns: dict[Any, Any]) -> None:
     for options in ({}, {"template": {"text": "{{ text }}"}}, {"columns": {"text": "prompt"}}):
@@ -1300,7 +1300,7 @@ def test_no_columns_end_in_a_traceback(columns: dict[Any, Any]) -> None:
         check(reader.read(Row(columns, HERE)), reader)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     conversation=st.lists(near_messages, min_size=1, max_size=4),
     tools=st.none() | st.lists(near_calls | st.fixed_dictionaries({"function": near_calls}), max_size=2) | values,

@@ -26,7 +26,7 @@ from finespun.data.quality import (
 from finespun.errors import DataError
 
 # Tables are made and models read when first needed: a first example takes longer than the others.
-unhurried = settings(deadline=None, max_examples=150)
+unhurried = settings(max_examples=150)
 # Texts as people write them; nothing in them is damaged.
 HEALTHY = {
     "en": "“It’s fine,” she said – ‘really’ – and paid £5 for 10½ apples… naïve café, 20 °C, x² × y³, AT&T™ © 2024.",

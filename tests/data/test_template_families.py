@@ -996,7 +996,7 @@ def conversations(draw: st.DrawFn) -> list[Message]:
 @pytest.mark.parametrize(
     "name", ["qwen3", "qwen3+", "qwen3-thinking", "llama-3.1", "zephyr", "mistral-nemo", "deepseek-r1-first"]
 )
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(messages=conversations())
 def test_no_conversation_is_trained_wrongly(name: str, messages: list[Message]) -> None:
     """Whatever is said, in whatever order: an answer is trained as it was said after its prompt, or nothing is."""

@@ -330,7 +330,7 @@ def test_holm_is_that_of_a_hand() -> None:
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=8))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_holm_rejects_what_the_stepwise_rule_rejects(p_values: list[float]) -> None:
     rejected = set()
     for rank, place in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):

@@ -75,7 +75,7 @@ examples = st.lists(st.tuples(texts, st.lists(texts, min_size=1, max_size=3)), m
 
 
 @given(examples, st.data())
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_a_draw_is_scored_as_its_outputs_alone(drawn: list[tuple[str, list[str]]], data: st.DataObject) -> None:
     outputs = outputs_of([text for text, _ in drawn], [references for _, references in drawn])
     places = st.integers(0, len(outputs) - 1)

@@ -46,7 +46,7 @@ def _self_bleu(texts: list[str], places: list[int]) -> float:
 
 
 @given(st.lists(few_words, min_size=2, max_size=6), st.data())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_self_bleu_is_the_mean_sentence_bleu_against_all_others(texts: list[str], data: st.DataObject) -> None:
     measured = SelfBleu().measure(outputs_of(texts))
     assert measured.value() == pytest.approx(_self_bleu(texts, list(range(len(texts)))))

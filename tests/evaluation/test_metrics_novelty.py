@@ -19,7 +19,7 @@ def _stands_in(run: list[str], texts: list[list[str]]) -> bool:
 
 
 @given(st.lists(words, min_size=1, max_size=4), st.lists(words, min_size=1, max_size=4))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_it_finds_what_a_plain_search_finds(training: list[list[str]], written: list[list[str]]) -> None:
     training = [*training, ["d"]]
     found = Novelty(map(" ".join, training)).look_up([" ".join(each) for each in written])

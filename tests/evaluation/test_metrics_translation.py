@@ -125,7 +125,7 @@ _text = _words.map(" ".join)
 
 
 @given(st.lists(st.tuples(_text, st.lists(_text, min_size=1, max_size=4)), min_size=1, max_size=5))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_webnlg_bleu_is_that_of_lower_cased_ascii_in_which_marks_stand_alone(
     examples: list[tuple[str, list[str]]],
 ) -> None:

@@ -127,7 +127,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch, encoder: Encoder):
     return write
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     text=st.text("ab 你好🙂é.", min_size=1, max_size=20),
     stops=st.lists(st.text("ab 你🙂.", min_size=1, max_size=3), max_size=2),

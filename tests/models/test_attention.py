@@ -37,7 +37,7 @@ def plain_attention(
     return scores.masked_fill(~seen, float("-inf")).softmax(-1) @ v
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     lengths=st.lists(st.integers(1, 40), min_size=1, max_size=8),
     window=st.none() | st.integers(1, 12),

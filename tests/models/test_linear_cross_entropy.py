@@ -10,7 +10,7 @@ from finespun.models import linear_cross_entropy as module
 from finespun.models.linear_cross_entropy import linear_cross_entropy
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     tokens=st.integers(1, 30),
     chunk=st.integers(1, 40),

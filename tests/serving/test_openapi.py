@@ -32,7 +32,7 @@ def test_no_request_that_the_description_allows_or_forbids_is_a_server_error(tin
             if mode is schemathesis.GenerationMode.NEGATIVE and not operation.body:
                 continue  # nothing could be wrong
 
-            @settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck), phases=[Phase.generate])
+            @settings(max_examples=100, suppress_health_check=list(HealthCheck), phases=[Phase.generate])
             @given(case=operation.as_strategy(generation_mode=mode))
             def attempt(case: Any) -> None:
                 if isinstance(case.body, dict) and isinstance(case.body.get("model"), str):

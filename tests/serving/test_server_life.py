@@ -310,14 +310,20 @@ def test_a_package_that_is_missing_is_named(
     assert "pip install 'finespun[serve]'" in capsys.readouterr().err
 
 
-def test_a_port_in_use_and_a_model_that_is_not_there(tiny_folder: Path, tmp_path: Path) -> None:
+def test_a_port_in_use(tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from finespun.cli import main
+
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        process = finespun_serve(str(tiny_folder), "--port", str(port))
-        _, err = process.communicate(timeout=60)
-    assert process.returncode == 2
+        with pytest.raises(SystemExit) as stop:
+            main(["serve", str(tiny_folder), "--port", str(port)])
+    assert stop.value.code == 2
+    err = capsys.readouterr().err
     assert f"Cannot listen at 127.0.0.1 port {port}: Address already in use. Choose another --port" in err
     assert "Traceback" not in err
+
+
+def test_a_model_that_is_not_there(tmp_path: Path) -> None:
     process = finespun_serve(str(tmp_path / "nothing.gguf"), "--port", "0")
     _, err = process.communicate(timeout=60)
     assert process.returncode == 2

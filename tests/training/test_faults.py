@@ -37,13 +37,13 @@ from reference import tokenized
 
 STEPS, KILLS = 400, int(sys.argv[2])
 
-def run(folder):
+def run(folder, save_every=1):
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=2,
         num_attention_heads=2, num_key_value_heads=1, vocab_size=50, max_position_embeddings=32)).eval()
     examples = [tokenized([(7 * i + j) % 50 for j in range(5 + i % 7)], [0.0] + [1.0] * (4 + i % 7), Origin("t", i))
         for i in range(24)]
-    recipe = Recipe.from_keywords(batch_size=4, learning_rate=1e-2, save_every=1, validate_every=7,
+    recipe = Recipe.from_keywords(batch_size=4, learning_rate=1e-2, save_every=save_every, validate_every=7,
         micro_batch_tokens=20, keep_checkpoints=2, ema_decay=0.9, neftune_alpha=1.0, precision="float32",
         schedule="linear")
     train(model, CausalLM(model), examples, examples[:5], ResolvedTraining.from_recipe(recipe, STEPS), folder,
@@ -78,7 +78,7 @@ while True:
     step = found.state.step if found else 0
     assert step >= reached, f"a checkpoint was lost: {reached} was there, {step} is"
     reached = step
-torch.save(run(base / "whole"), base / "whole.pt")
+torch.save(run(base / "whole", save_every=STEPS), base / "whole.pt")
 print(kills, reached)
 """
 

@@ -176,7 +176,7 @@ with memory_limit(2.0):
         torch.ones(1_000_000_000)
     except BaseException as error:
         print(is_out_of_memory(error))
-torch.ones(600_000_000)
+torch.empty(600_000_000)
 """
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
