@@ -350,8 +350,9 @@ def test_10_greedy_text_is_the_same_on_every_road(smollm2_folder: Path, in_tmp: 
         {"prompt": f"Say {word}.", "completion": f"I say {word}, and {word} again."}
         for word in ("boat", "mill", "heron", "river")
     ]
+    quick = {"micro_batch_tokens": 512, "save_every": 3, "quiet": True}
     model = finespun.load("smollm2-135m").finetune(
-        rows, max_steps=3, batch_size=4, learning_rate=1e-3, method=method, validation=0, quiet=True
+        rows, max_steps=3, batch_size=4, learning_rate=1e-3, method=method, validation=0, **quick
     )
     prompts = ["Say boat.", "Say ferryman.", "What is a mill?"]
     expected = model.generate(prompts, max_new_tokens=24)

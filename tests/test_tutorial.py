@@ -30,7 +30,7 @@ def session(model_name: str) -> str:
     return (
         code.replace('load("gpt2")', f"load({model_name!r})")
         .replace("max_new_tokens=100", "max_new_tokens=12")
-        .replace("epochs=3", "epochs=1, max_new_tokens=12")
+        .replace("epochs=3", "epochs=1, max_new_tokens=12, micro_batch_tokens=512, save_every=99")
     )
 
 
