@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,16 @@ def write_text(path: Path, text: str) -> None:
     """Replaces `path` by a file with `text` (UTF-8). Raises `RunError` where the disk does not take it."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="\n")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replaces `path` by `value` as JSON. Raises as `write_text` does, and `ValueError` for infinity and NaN."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_jsonl(path: Path, rows: Iterable[Any]) -> None:
+    """Replaces `path` by `rows` as JSON, one a line. Raises as `write_text` does."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def copy_file(source: Path, path: Path) -> None:
@@ -119,6 +129,20 @@ def append_line(path: Path, line: str) -> None:
             file.write(line + "\n")
     except OSError as error:
         raise RunError(_explain(path, error)) from error
+
+
+def read_appended(path: Path) -> Iterator[tuple[int, Any]]:
+    """Number and JSON value of each line that was added to `path`, if it is there. One that a kill tore is passed over,
+    and what is added next does not go on in it."""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    if text and not text.endswith("\n"):
+        append_line(path, "")
+    for number, line in enumerate(text.split("\n"), 1):
+        try:
+            value = json.loads(line)
+        except ValueError:
+            continue
+        yield number, value
 
 
 def _explain(path: Path, error: BaseException) -> str:

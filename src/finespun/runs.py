@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from finespun.errors import RunError
-from finespun.files import append_line, write_text
+from finespun.files import append_line, write_jsonl, write_text
 from finespun.recipe import Recipe
 
 
@@ -111,12 +111,10 @@ class RunFolder:
     def keep_metrics_through(self, step: int) -> None:
         """Forgets the metrics of steps after `step`, which a resumed run takes again."""
         kept = [metrics for metrics in self.metrics() if metrics["step"] <= step]
-        write_text(self.path / "metrics.jsonl", "".join(json.dumps(metrics) + "\n" for metrics in kept))
+        write_jsonl(self.path / "metrics.jsonl", kept)
 
     def write_samples(self, samples: Sequence[Mapping[str, Any]]) -> None:
-        write_text(
-            self.path / "samples.jsonl", "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
-        )
+        write_jsonl(self.path / "samples.jsonl", samples)
 
     def samples(self) -> list[dict[str, Any]]:
         """Held-out prompts with the texts before and, at the end of a run, after; empty before they were written."""

@@ -426,11 +426,12 @@ def test_an_interrupted_judging_goes_on(address: Address, kept: Path) -> None:
 def test_a_line_torn_by_a_kill_is_asked_again(address: Address, kept: Path) -> None:
     judge_outputs(SYSTEMS, quick(address), kept)
     whole = kept.read_bytes()
-    kept.write_bytes(whole[:-40])
+    torn = whole[:-40] + "山".encode()[:2]  # in the middle of a character
+    kept.write_bytes(torn)
     found = judge_outputs(SYSTEMS, quick(address), kept)
     assert len(address.bodies) == 7
     assert found.pairs[0].wins == Wins(1, 2, 1)
-    assert kept.read_bytes().startswith(whole[:-40] + b"\n"), "nothing is taken away from the file"
+    assert kept.read_bytes().startswith(torn + b"\n"), "nothing is taken away from the file"
     judge_outputs(SYSTEMS, quick(address), kept)
     assert len(address.bodies) == 7
 

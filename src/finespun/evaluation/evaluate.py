@@ -48,7 +48,7 @@ from finespun.evaluation.metrics.base import tokens
 from finespun.evaluation.metrics.diversity import ends_in_loop
 from finespun.evaluation.outputs import Output, output_line
 from finespun.evaluation.settings import EvaluationData, EvaluationSettings
-from finespun.files import hash_of, write_text
+from finespun.files import hash_of, write_json, write_jsonl, write_text
 from finespun.generation.engine import room_behind
 from finespun.generation.settings import Sampling
 from finespun.models.catalog import weights_sha256
@@ -479,9 +479,8 @@ def _write(target: Path, system: _System, summary: Mapping[str, Any]) -> None:
     if (target / SUMMARY).is_file():
         _check_unchanged(target / "outputs.jsonl", lines)
     write_text(target / "outputs.jsonl", "".join(line + "\n" for line in lines))
-    rows = (json.dumps(_scores_of(index, system), ensure_ascii=False) for index in range(len(lines)))
-    write_text(target / "scores.jsonl", "".join(row + "\n" for row in rows))
-    write_text(target / SUMMARY, json.dumps(summary, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_jsonl(target / "scores.jsonl", (_scores_of(index, system) for index in range(len(lines))))
+    write_json(target / SUMMARY, summary)
     write_evaluation(target)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from finespun.data.templates import Encoder
-from finespun.files import append_line, data_cache, forget_old, hash_of
+from finespun.files import append_line, data_cache, forget_old, hash_of, read_appended
 from finespun.generation.engine import Completion, generate
 from finespun.generation.settings import Sampling
 from finespun.models.load import LoadedModel
@@ -24,21 +24,12 @@ class Kept:
 
     def __init__(self, kind: str, parts: Any) -> None:
         self._file: Path = data_cache() / "evaluations" / f"{kind}-{hash_of(parts)}.jsonl"
-        self._found: dict[str, Any] = {}
-        if not self._file.is_file():
+        self._found: dict[str, Any] = dict(value for _, value in read_appended(self._file))
+        if self._file.is_file():
+            self._file.touch()  # what is used is not forgotten
+        else:
             self._file.parent.mkdir(parents=True, exist_ok=True)
             forget_old(self._file.parent)
-            return
-        self._file.touch()  # what is used is not forgotten
-        text = self._file.read_text(encoding="utf-8", errors="replace")
-        if text and not text.endswith("\n"):
-            append_line(self._file, "")
-        for line in text.split("\n"):
-            try:
-                key, value = json.loads(line)
-            except ValueError:
-                continue
-            self._found[key] = value
 
     def __contains__(self, key: str) -> bool:
         return key in self._found

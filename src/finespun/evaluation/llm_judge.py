@@ -7,7 +7,6 @@ answered is kept and never asked again.
 
 from __future__ import annotations
 
-import json
 import os
 import queue
 import random
@@ -31,7 +30,7 @@ from finespun.evaluation.comparison import Wins
 from finespun.evaluation.outputs import Output
 from finespun.evaluation.perplexity import Interval
 from finespun.evaluation.settings import LLMJudgeSettings
-from finespun.files import append_line, hash_of
+from finespun.files import append_line, hash_of, read_appended
 from finespun.recipe import explain
 
 API_KEY = "FINESPUN_JUDGE_API_KEY"
@@ -367,19 +366,7 @@ def _work(client: _Client, waiting: queue.SimpleQueue[_Question], done: queue.Si
 
 def _read(kept: Path) -> dict[str, list[Answer]]:
     answers: dict[str, list[Answer]] = defaultdict(list)
-    if not kept.is_file():
-        return answers
-    try:
-        text = kept.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{kept}: cannot be read ({error}). Remove it to have everything judged anew.") from None
-    if text and not text.endswith("\n"):
-        append_line(kept, "")  # behind a line that a kill tore
-    for number, line in enumerate(text.split("\n"), 1):
-        try:
-            value = json.loads(line)
-        except ValueError:
-            continue
+    for number, value in read_appended(kept):
         try:
             answer = Answer.model_validate(value)
         except ValidationError as error:

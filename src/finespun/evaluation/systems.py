@@ -22,7 +22,7 @@ from finespun.evaluation.metrics.base import Better, Totals, checked
 from finespun.evaluation.outputs import Output, read_lines, read_outputs
 from finespun.evaluation.perplexity import Interval
 from finespun.evaluation.settings import EvaluationData, EvaluationSettings, LLMJudgeSettings
-from finespun.files import write_text
+from finespun.files import write_json
 from finespun.generation.settings import Sampling
 from finespun.reports.comparison import write_comparison
 from finespun.training.progress import Reporter
@@ -119,8 +119,7 @@ def compare_systems(given: Sequence[str], evaluations: Evaluations, judging: LLM
             reporter.say("What was judged is kept: the same command goes on from there.")
             raise
     compared = Compared(comparison, judgement, unlike_settings(systems))
-    found = json.dumps(comparison_json(systems, compared), indent=2, ensure_ascii=False)
-    write_text(out / "comparison.json", found + "\n")
+    write_json(out / "comparison.json", comparison_json(systems, compared))
     write_comparison(out / "comparison.html", compared)
     return compared
 

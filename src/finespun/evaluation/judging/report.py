@@ -8,7 +8,7 @@ import io
 import json
 import threading
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from finespun.errors import DataError, RecipeError
 from finespun.evaluation.judging.analysis import MOST_SHOWN, Judgement, Pair, Results, Vote, Worker, analyse
 from finespun.evaluation.judging.store import Store
 from finespun.evaluation.judging.study import Item, Prompt, Study
-from finespun.files import write_text
+from finespun.files import write_jsonl, write_text
 from finespun.reports.page import write_page
 
 PAGES = Path(__file__).parent / "pages"
@@ -274,11 +274,11 @@ def export_judgements(results: Results, file: Path) -> int:
     """Writes all answers that stand, to `.jsonl` or `.csv`, and their number. Raises `RecipeError` for another kind of
     file."""
     rows = judgement_rows(results)
+    file.parent.mkdir(parents=True, exist_ok=True)
     match file.suffix.lower():
         case ".jsonl":
-            _write_jsonl(file, rows)
+            write_jsonl(file, rows)
         case ".csv":
-            file.parent.mkdir(parents=True, exist_ok=True)
             write_text(file, _csv(rows))
         case _:
             raise RecipeError(f"{file}: judgements are written as .jsonl or .csv.")
@@ -347,13 +347,9 @@ def export_preferences(results: Results, file: Path) -> int:
     rows = preference_rows(results.votes)
     if not rows:
         raise DataError("No text was preferred to another yet; there is nothing to train on.")
-    _write_jsonl(file, rows)
-    return len(rows)
-
-
-def _write_jsonl(file: Path, rows: Collection[Mapping[str, Any]]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_jsonl(file, rows)
+    return len(rows)
 
 
 def _count(number: int, what: str) -> str:

@@ -122,7 +122,7 @@ def create_study(sources: Sequence[str], settings: StudySettings) -> Study:
 
 def outputs_of(source: str) -> list[Output]:
     """The outputs at `source`, an evaluation folder or its `outputs.jsonl`. Raises `DataError` where there are none."""
-    path = Path(source.partition("=")[2] if "=" in source and not Path(source).exists() else source)
+    _, path = _split_name(source)
     file = path / "outputs.jsonl" if path.is_dir() else path
     if not file.is_file():
         raise DataError(f"{path}: has no outputs; `finespun evaluate` writes a folder with outputs.jsonl.")
@@ -135,11 +135,7 @@ def outputs_of(source: str) -> list[Output]:
 def name_models(sources: Sequence[str]) -> tuple[str, ...]:
     """A name for each source: the one it is given (NAME=PATH), else as many of the last parts of its path as it takes
     to tell all apart. Raises `RecipeError` where two are the same."""
-    given = [source.partition("=")[0] if "=" in source and not Path(source).exists() else None for source in sources]
-    paths = [
-        Path(source) if name is None else Path(source.partition("=")[2])
-        for name, source in zip(given, sources, strict=True)
-    ]
+    given, paths = zip(*map(_split_name, sources), strict=True)
     folders = [path.absolute().parent if path.name == "outputs.jsonl" else path.absolute() for path in paths]
     longest = max(len(folder.parts) for folder in folders)
     names: list[str] = []
@@ -149,6 +145,12 @@ def name_models(sources: Sequence[str]) -> tuple[str, ...]:
             return tuple(names)
     twice = next(name for name in names if names.count(name) > 1)
     raise RecipeError(f"{twice} is given twice; a model is compared with others.")
+
+
+def _split_name(source: str) -> tuple[str, Path]:
+    """The name and the path in NAME=PATH; no name where `source` is a path, which may have an equals sign in it."""
+    name, equals, path = source.partition("=")
+    return (name, Path(path)) if equals and not Path(source).exists() else ("", Path(source))
 
 
 def _check_same_prompts(names: Sequence[str], outputs: Sequence[list[Output]]) -> None:
