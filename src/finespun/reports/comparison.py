@@ -6,7 +6,6 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from datetime import datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,7 +46,6 @@ def write_comparison(page: Path, compared: Compared) -> None:
         "pairs": pairs,
         "judgement": judgement,
         "notes": compared.notes,
-        "version": version("finespun"),
     }
     write_page(page, "comparison.html.j2", view)
 

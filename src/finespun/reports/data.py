@@ -6,7 +6,6 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from datetime import datetime
-from importlib.metadata import version
 from pathlib import Path
 
 from finespun.data.check import Check
@@ -30,7 +29,6 @@ def write_check(check: Check, page: Path, name: str, model: str) -> None:
         "words": SEVERITIES,
         "bars": lengths and bars(lengths.counts, lengths.edges, lengths.median, f" {lengths.unit}"),
         "files": named(check.files),
-        "version": version("finespun"),
     }
     page.parent.mkdir(parents=True, exist_ok=True)
     write_page(page, "check.html.j2", view)

@@ -6,7 +6,6 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +37,6 @@ def write_evaluation(folder: Path) -> None:
         "ranked_by": ranked_by,
         "groups": _best_and_worst(outputs, of_base, scores, ranked_by, better),
         "files": named(summary["data"]["files"]),
-        "version": version("finespun"),
     }
     write_page(folder / "report.html", "evaluation.html.j2", view)
 
