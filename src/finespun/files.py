@@ -15,7 +15,7 @@ from typing import Any
 
 from platformdirs import user_cache_path
 
-from finespun.errors import RunError
+from finespun.errors import DataError, RunError
 
 CACHE_DAYS = 30
 """What is kept of data and no run has used for so long is deleted."""
@@ -55,6 +55,16 @@ def remembered(place: Path, make: Callable[[], Any]) -> Any:
 def hash_of(parts: Any) -> str:
     """A name for what depends on `parts`, which JSON can hold."""
     return hashlib.sha256(json.dumps(parts, default=str, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def read_text(path: Path) -> str:
+    """The text (UTF-8) that a person named. Raises `DataError` where it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}.") from None
+    except UnicodeDecodeError:
+        raise DataError(f"{path}: is not UTF-8 text.") from None
 
 
 def write_text(path: Path, text: str) -> None:

@@ -30,7 +30,7 @@ from finespun.evaluation.comparison import Wins
 from finespun.evaluation.outputs import Output
 from finespun.evaluation.perplexity import Interval
 from finespun.evaluation.settings import LLMJudgeSettings
-from finespun.files import append_line, hash_of, read_appended
+from finespun.files import append_line, hash_of, read_appended, read_text
 from finespun.recipe import explain
 
 API_KEY = "FINESPUN_JUDGE_API_KEY"
@@ -171,18 +171,10 @@ def find_judge(settings: LLMJudgeSettings) -> Judge | None:
         raise RecipeError("--rubric is for a judging model: give --judge-url and --judge-model too.")
     if not (url and model):
         return None
-    wanted = _read_rubric(rubric) if rubric else RUBRIC
+    wanted = read_text(rubric) if rubric else RUBRIC
+    if not wanted.strip():
+        raise DataError(f"{rubric}: is empty; it should say what a better output is.")
     return Judge(url, model, wanted, settings.judge_max_tokens, settings.judge_concurrency, settings.judge_timeout)
-
-
-def _read_rubric(file: Path) -> str:
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{file}: cannot be read ({error}).") from None
-    if not text.strip():
-        raise DataError(f"{file}: is empty; it should say what a better output is.")
-    return text
 
 
 def judge_outputs(

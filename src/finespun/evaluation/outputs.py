@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from finespun.data.formats import Message
 from finespun.errors import DataError
+from finespun.files import read_text
 from finespun.recipe import explain
 
 FinishReason = Literal["stop", "length"]
@@ -90,14 +91,10 @@ def read_outputs(file: Path) -> list[Output]:
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
     """The JSON objects of a results file, one a line. Raises `DataError`, with the line, where one is none."""
-    try:
-        text = file.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise DataError(f"{file}: there is no such file. `finespun evaluate` writes it.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{file}: cannot be read ({error}).") from None
+    if not file.exists():
+        raise DataError(f"{file}: there is no such file. `finespun evaluate` writes it.")
     found = []
-    for number, line in enumerate(text.removesuffix("\n").split("\n"), 1):
+    for number, line in enumerate(read_text(file).removesuffix("\n").split("\n"), 1):
         try:
             value = json.loads(line)
         except ValueError as error:  # also for numbers of too many digits

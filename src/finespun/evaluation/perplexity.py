@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
@@ -17,6 +18,10 @@ class Interval:
     value: float
     low: float
     high: float
+
+    def to_json(self) -> dict[str, float | None]:
+        """JSON has no infinity."""
+        return {key: value if math.isfinite(value) else None for key, value in asdict(self).items()}
 
 
 def perplexity(losses: Sequence[float], weights: Sequence[float]) -> Interval:

@@ -20,7 +20,6 @@ from finespun.evaluation.llm_judge import Judgement, find_judge, judge_outputs
 from finespun.evaluation.metrics import METRICS, Measured, Metric, metrics_for
 from finespun.evaluation.metrics.base import Better, Totals, checked
 from finespun.evaluation.outputs import Output, read_lines, read_outputs
-from finespun.evaluation.perplexity import Interval
 from finespun.evaluation.settings import EvaluationData, EvaluationSettings, LLMJudgeSettings
 from finespun.files import write_json
 from finespun.generation.settings import Sampling
@@ -278,7 +277,7 @@ def comparison_json(systems: Mapping[str, System], compared: Compared) -> dict[s
                 "name": scores.metric,
                 "better": scores.better,
                 "signature": scores.signature,
-                "systems": [_interval_json(each) for each in scores.systems],
+                "systems": [each.to_json() for each in scores.systems],
             }
             for scores in comparison.scores
         ],
@@ -287,7 +286,7 @@ def comparison_json(systems: Mapping[str, System], compared: Compared) -> dict[s
                 "metric": each.metric,
                 "first": names[each.first],
                 "second": names[each.second],
-                **_interval_json(each.value),
+                **each.value.to_json(),
                 "p_resampled": each.p_resampled,
                 "p_randomization": each.p_randomization,
                 "p_corrected": each.p_corrected,
@@ -322,7 +321,7 @@ def _judgement_json(judgement: Judgement, names: Sequence[str]) -> dict[str, Any
                 "wins": _wins_json(pair.wins),
                 "agreement": pair.agreement,
                 "kappa": pair.kappa,
-                "first_place": _interval_json(pair.first_place),
+                "first_place": pair.first_place.to_json(),
                 "outcomes": {str(example): outcome for example, outcome in pair.outcomes.items()},
             }
             for pair in judgement.pairs
@@ -331,9 +330,4 @@ def _judgement_json(judgement: Judgement, names: Sequence[str]) -> dict[str, Any
 
 
 def _wins_json(wins: Wins) -> dict[str, Any]:
-    return {**asdict(wins), "rate": _interval_json(wins.rate)}
-
-
-def _interval_json(interval: Interval) -> dict[str, float | None]:
-    """JSON has no infinity."""
-    return {key: value if math.isfinite(value) else None for key, value in asdict(interval).items()}
+    return {**asdict(wins), "rate": wins.rate.to_json()}

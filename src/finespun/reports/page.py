@@ -28,7 +28,6 @@ def environment(*folders: Path) -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.globals["version"] = version("finespun")
     made.filters |= {
         "count": count,
         "percent": percent,
@@ -42,7 +41,7 @@ def environment(*folders: Path) -> Environment:
 
 def write_page(path: Path, template: str, view: Mapping[str, Any], *folders: Path) -> None:
     """Writes a page whole or not at all. Raises `RunError` where the disk does not take it."""
-    write_text(path, environment(*folders).get_template(template).render(view))
+    write_text(path, environment(*folders).get_template(template).render(view, version=version("finespun")))
 
 
 def _sha256_source(text: str) -> str:

@@ -17,7 +17,7 @@ from finespun.evaluation.judging.criteria import Criterion, find_criteria
 from finespun.evaluation.judging.design import Task, assign, plan, scrambled
 from finespun.evaluation.judging.settings import Method, StudySettings
 from finespun.evaluation.outputs import Output, read_outputs
-from finespun.files import hash_of
+from finespun.files import hash_of, read_text
 
 Prompt = str | list[dict[str, Any]]
 """A text, or the messages of a conversation."""
@@ -110,7 +110,7 @@ def create_study(sources: Sequence[str], settings: StudySettings) -> Study:
         settings.method,
         names,
         find_criteria(settings.criteria, settings.criteria_file) if settings.method == "rating" else (),
-        _read_text(settings.instructions) if settings.instructions else None,
+        read_text(settings.instructions) if settings.instructions else None,
         (*items, *controls),
         _plans(items, controls, settings, rng),
         _same_texts(rows, len(names)),
@@ -232,7 +232,7 @@ def _controls(
 
 def _read_known(file: Path) -> list[tuple[Any, str, str, str | None]]:
     found = []
-    for number, line in enumerate(_read_text(file).splitlines(), 1):
+    for number, line in enumerate(read_text(file).splitlines(), 1):
         if not line.strip():
             continue
         where = f"{file}, line {number}"
@@ -273,12 +273,3 @@ def _plans(
         tasks = plan(real, shown, settings.practice, settings.known, settings.repeated, rng) if real else ()
         annotators.append(Annotator(secrets.token_urlsafe(TOKEN_BYTES), tasks))
     return tuple(annotators)
-
-
-def _read_text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise DataError(f"{file}: cannot be read: {error.strerror}.") from None
-    except UnicodeDecodeError:
-        raise DataError(f"{file}: is not UTF-8 text.") from None
