@@ -422,8 +422,15 @@ def _likelihood(
 
 def _with_interval(score: Score, examples: int) -> dict[str, Any]:
     """A score as summary.json has it."""
-    found = interval(score.measured, examples=examples).to_json()
-    return {"name": score.name, **found, "signature": score.signature, "better": score.better}
+    found = interval(score.measured, examples=examples)
+    return {
+        "name": score.name,
+        "value": _finite(found.value),
+        "low": _finite(found.low),
+        "high": _finite(found.high),
+        "signature": score.signature,
+        "better": score.better,
+    }
 
 
 def _notes(outputs: Sequence[Output]) -> list[str]:
@@ -457,7 +464,7 @@ def _differences(scores: Sequence[Score], base: Sequence[Score], examples: int) 
     found = []
     for score in scores:
         ahead = interval(_Difference(score.measured, of_base[score.name]), examples=examples)
-        found.append({"name": score.name, **ahead.to_json()})
+        found.append({"name": score.name, **{key: _finite(getattr(ahead, key)) for key in ("value", "low", "high")}})
     return found
 
 
@@ -493,3 +500,8 @@ def _check_unchanged(file: Path, lines: Sequence[str]) -> None:
                 f"{file}, line {number + 1}: is not what the model wrote; the file was changed by hand. Keep it under "
                 "another name if it is of use, and remove the folder to have it written anew."
             )
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no infinity."""
+    return float(value) if math.isfinite(value) else None
