@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from rapidfuzz import process
 from transformers import PreTrainedTokenizerBase
 
-from finespun.errors import DataError, RecipeError
+from finespun.errors import DataError, RecipeError, RunError
 from finespun.evaluation.comparison import interval
 from finespun.evaluation.evaluate import (
     SUMMARY,
@@ -428,7 +428,10 @@ def _write(target: Path, system: _System, summary: Mapping[str, Any]) -> None:
     """Fills the folder; the summary makes it an evaluation."""
     from lm_eval.utils import handle_non_serializable
 
-    target.mkdir(parents=True, exist_ok=True)
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"{target}: cannot be created ({error.strerror}).") from None
     for task, samples in system.results["samples"].items():
         lines = (json.dumps(sample, ensure_ascii=False, default=handle_non_serializable) for sample in samples)
         write_text(target / f"samples_{_name_of([task])}.jsonl", "".join(line + "\n" for line in lines))
