@@ -53,10 +53,10 @@ def evaluate(
     reporter = Reporter(quiet)
     try:
         if benchmarks:
+            _check_given(data, settings, sampling)
             from finespun.evaluation.benchmarks import evaluate_benchmarks
             from finespun.reports.benchmarks import benchmark_lines
 
-            _check_given(data, settings, sampling)
             limit = settings.limit if settings else None
             folder = evaluate_benchmarks(run, benchmarks, limit=limit, base=base, name=name, out=out, reporter=reporter)
             lines = benchmark_lines(folder)

@@ -91,8 +91,9 @@ def _between(interval: Mapping[str, float | None], signed: bool = False) -> str:
 
 def _headline(summary: Mapping[str, Any], rows: Sequence[Mapping[str, str]]) -> str:
     """What the benchmarks come to, in a sentence."""
-    if "base" in summary:
-        return beside(summary["base"]["model"]["name"], [row["verdict"] for row in rows if row["better"]])
+    if "base" in summary:  # the tasks of a group are in its own figure
+        verdicts = [row["verdict"] for row in rows if row["better"] and not row["task"].startswith(" ")]
+        return beside(summary["base"]["model"]["name"], verdicts)
     tasks = {metric["task"]: metric["questions"] for metric in summary["metrics"] if metric["depth"] == 0}
     questions = sum(each or 0 for each in tasks.values())
     return f"{count(len(tasks))} benchmark{'' if len(tasks) == 1 else 's'}, {count(questions)} questions"
