@@ -52,7 +52,7 @@ from finespun.files import hash_of, write_json, write_jsonl, write_text
 from finespun.generation.engine import room_behind
 from finespun.generation.settings import Sampling
 from finespun.models.catalog import weights_sha256
-from finespun.models.load import LoadedModel, grow_vocabulary, load_model, locate_model
+from finespun.models.load import LoadedModel, Precision, grow_vocabulary, load_model, locate_model
 from finespun.recipe import PromptFormat, Recipe, TrainOn
 from finespun.reports.evaluation import write_evaluation
 from finespun.runs import RunFolder
@@ -79,7 +79,7 @@ class Score:
 
 
 @dataclass(frozen=True)
-class _Difference:
+class MeasuredDifference:
     """What a metric gives for one system beyond what it gives for another, on the same examples."""
 
     of: Measured
@@ -143,7 +143,7 @@ def evaluate(
     weights = weights_sha256(locate_model(str(run)).path)
     folder = RunFolder(Path(run))
     recipe = folder.recipe() if folder.recipe_file.is_file() else None
-    target = _target(folder if recipe else None, data, name, out)
+    target = evaluation_folder(folder if recipe else None, _name_of(data), name, out)
     texts = read_examples(data, recipe.data if recipe else None)
     trained = read_trained(recipe.data if recipe else None, folder.manifest()["data"]["files"] if recipe else {})
     examples, leakage, notes = _examples(texts, trained, settings)
@@ -155,9 +155,9 @@ def evaluate(
         "data": {"files": texts.files, "rows": texts.rows, "examples": len(examples)},
         "settings": _recorded(data, settings, sampling),
     }
-    _check_folder(target, about)
+    check_folder(target, about)
     base = base or (target / "base" / SUMMARY).is_file()
-    below = _base_name(str(run), recipe) if base else None
+    below = base_name(str(run), recipe) if base else None
     reporter.say(f"{texts.rows:,} rows of test data, {len(examples):,} examples")
     for line in notes:
         reporter.say(line)
@@ -166,7 +166,8 @@ def evaluate(
     if below:
         reporter.say(f"The same with {below}, which the run was trained from")
         about |= {"model": {"name": below, "weights": weights_sha256(locate_model(below).path)}}
-        other = _evaluated(task, about, _base(below, system, folder))
+        precision = system.summary["model"]["precision"]
+        other = _evaluated(task, about, load_base(below, precision, system.tokenizer, folder))
         _write(target / "base", other, other.summary)
         summary["base"] = {
             "model": other.summary["model"],
@@ -177,20 +178,23 @@ def evaluate(
     return target
 
 
-def _target(run: RunFolder | None, data: EvaluationData | Items, name: str | None, out: str | Path | None) -> Path:
-    """The folder of the evaluation."""
+def evaluation_folder(run: RunFolder | None, default: str, name: str | None, out: str | Path | None) -> Path:
+    """Where an evaluation goes: `out`, or `name`, else `default`, among the evaluations of the run."""
     if out is not None:
         if name is not None:
             raise RecipeError("`name` and `out` both say where the evaluation goes; give one.")
         return Path(out)
     if run is None:
         raise RunError("This is a model and no run folder: say where the evaluation goes with --out DIR.")
-    if name is None:
-        source = data.source[0] if isinstance(data, EvaluationData) and data.source else "texts"
-        name = Path(source).name.partition(".")[0] or "texts"
+    name = default if name is None else name
     if name != Path(name).name or name in (".", ".."):
         raise RecipeError(f"`name` {name!r} should be the name of a folder; --out takes a path.")
     return run.path / "evaluations" / name
+
+
+def _name_of(data: EvaluationData | Items) -> str:
+    source = data.source[0] if isinstance(data, EvaluationData) and data.source else "texts"
+    return Path(source).name.partition(".")[0] or "texts"
 
 
 def _examples(
@@ -263,7 +267,7 @@ def _recorded(
     }
 
 
-def _check_folder(target: Path, about: Mapping[str, Any]) -> None:
+def check_folder(target: Path, about: Mapping[str, Any]) -> None:
     """Raises `RunError` where the folder holds something else than this evaluation."""
     file = target / SUMMARY
     if not file.is_file():
@@ -296,28 +300,37 @@ def _compared(about: Mapping[str, Any]) -> dict[str, Any]:
     return {"model's weights": weights[:12], "test data": ", ".join(hashes), **settings}
 
 
-def _base_name(run: str, recipe: Recipe | None) -> str:
+def base_name(run: str, recipe: Recipe | None) -> str:
     if recipe is None:
         raise RunError(f"{run}: is no run folder, so that it is not known which model it was trained from.")
     return recipe.model
 
 
-def _base(name: str, system: _System, run: RunFolder) -> LoadedModel:
+def load_base(name: str, precision: Precision, tokenizer: PreTrainedTokenizerBase, run: RunFolder) -> LoadedModel:
     """The model that a run was trained from, to be asked as the run is. Raises `RunError` where it is another now."""
-    below = load_model(name, system.summary["model"]["precision"])
+    below = load_model(name, precision)
     if weights_sha256(below.base_path) != run.manifest()["base"]["sha256"]:
         raise RunError(f"{name}: its weights are not those that {run.path} was trained from.")
-    below.tokenizer = system.tokenizer
+    below.tokenizer = tokenizer
     grow_vocabulary(below)
     return below
+
+
+def described(loaded: LoadedModel) -> dict[str, Any]:
+    """What a summary says of a model beside its name and weights."""
+    return {
+        "base": loaded.base_name,
+        "parameters": loaded.causal_lm.num_parameters(),
+        "precision": str(loaded.causal_lm.dtype).removeprefix("torch."),
+    }
 
 
 def _evaluated(task: _Task, about: Mapping[str, Any], loaded: LoadedModel) -> _System:
     """What a model writes for the examples, and how good that is."""
     encoder = Encoder(loaded.tokenizer, task.prompt_format, task.train_on)
-    computed_by = _computed_by(loaded, encoder, about["model"]["weights"])
+    by = computed_by(loaded, encoder, about["model"]["weights"])
     prompts, sequences = _encoded(task, encoder, loaded.context_length)
-    kept = Kept("outputs", [computed_by, task.sampling.model_dump(exclude_defaults=True)])
+    kept = Kept("outputs", [by, task.sampling.model_dump(exclude_defaults=True)])
     with task.reporter.counting("Writing", "texts") as count:
         written = write_all(loaded, encoder, prompts, task.sampling, kept, lambda done: count(done, len(prompts)))
     outputs = [
@@ -332,18 +345,13 @@ def _evaluated(task: _Task, about: Mapping[str, Any], loaded: LoadedModel) -> _S
         )
         for index, (example, one) in enumerate(zip(task.examples, written, strict=True))
     ]
-    found, scores = _likelihood(task, loaded, encoder, sequences, computed_by)
+    found, scores = _likelihood(task, loaded, encoder, sequences, by)
     for metric in task.metrics:
         measured = metric.measure(outputs)  # a signature is complete behind that
         scores.append(Score(metric.name, metric.better, metric.signature, measured))
-    described = {
-        "base": loaded.base_name,
-        "parameters": loaded.causal_lm.num_parameters(),
-        "precision": str(loaded.causal_lm.dtype).removeprefix("torch."),
-    }
     summary = {
         **about,
-        "model": about["model"] | described,
+        "model": about["model"] | described(loaded),
         "evaluated": datetime.now(UTC).isoformat(timespec="seconds"),
         "notes": _notes(outputs),
         "metrics": [_with_interval(score, len(outputs)) for score in scores],
@@ -351,7 +359,7 @@ def _evaluated(task: _Task, about: Mapping[str, Any], loaded: LoadedModel) -> _S
     return _System(outputs, found, scores, summary, loaded.tokenizer)
 
 
-def _computed_by(loaded: LoadedModel, encoder: Encoder, weights: str) -> list[Any]:
+def computed_by(loaded: LoadedModel, encoder: Encoder, weights: str) -> list[Any]:
     """All that what a model makes of token ids depends on, beside these and settings."""
     tokenizer = encoder.tokenizer
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -425,9 +433,9 @@ def _with_interval(score: Score, examples: int) -> dict[str, Any]:
     found = interval(score.measured, examples=examples)
     return {
         "name": score.name,
-        "value": _finite(found.value),
-        "low": _finite(found.low),
-        "high": _finite(found.high),
+        "value": finite(found.value),
+        "low": finite(found.low),
+        "high": finite(found.high),
         "signature": score.signature,
         "better": score.better,
     }
@@ -463,8 +471,8 @@ def _differences(scores: Sequence[Score], base: Sequence[Score], examples: int) 
     of_base = {score.name: score.measured for score in base}
     found = []
     for score in scores:
-        ahead = interval(_Difference(score.measured, of_base[score.name]), examples=examples)
-        found.append({"name": score.name, **{key: _finite(getattr(ahead, key)) for key in ("value", "low", "high")}})
+        ahead = interval(MeasuredDifference(score.measured, of_base[score.name]), examples=examples)
+        found.append({"name": score.name, **{key: finite(getattr(ahead, key)) for key in ("value", "low", "high")}})
     return found
 
 
@@ -502,6 +510,6 @@ def _check_unchanged(file: Path, lines: Sequence[str]) -> None:
             )
 
 
-def _finite(value: float) -> float | None:
+def finite(value: float) -> float | None:
     """JSON has no infinity."""
     return float(value) if math.isfinite(value) else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
+from cyclopts import Parameter
 from pydantic import Field, field_validator, model_validator
 
 from finespun.recipe import Documents, Format, Section, TemplateRecipe
@@ -26,6 +27,26 @@ class EvaluationData(Section):
     """Encoding of text files [default: the run's, or found out]."""
     documents: Documents | None = None
     """What separates the documents of a .txt file [default: as in the run's data]."""
+
+
+class BenchmarkSettings(Section):
+    """Which standard benchmarks a model takes, and how."""
+
+    tasks: Annotated[list[str], Parameter(consume_multiple=True)] = Field(default_factory=list)
+    """Standard benchmarks instead of test data: names of lm-eval's tasks and groups, such as hellaswag or mmlu,
+    patterns of them, or YAML files of tasks."""
+    tasks_folder: Path | None = None
+    """A folder with tasks of your own, as YAML files for lm-eval. Python code that they name is run."""
+    num_fewshot: Annotated[int, Field(ge=0)] | None = None
+    """Solved examples before each question [default: as the task has it]."""
+    apply_chat_template: bool = False
+    """Put the questions as a conversation, through the model's chat template."""
+
+    @field_validator("tasks")
+    @classmethod
+    def _one_by_one(cls, value: list[str]) -> list[str]:
+        """`--tasks arc_easy,arc_challenge` names two; one that is named twice is taken once."""
+        return list(dict.fromkeys(name.strip() for given in value for name in given.split(",") if name.strip()))
 
 
 class EvaluationSettings(Section):

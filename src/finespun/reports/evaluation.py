@@ -67,13 +67,13 @@ def _rows(summary: Mapping[str, Any]) -> list[dict[str, str]]:
                 "base": figure(of_base[metric["name"]]["value"]),
                 "difference": figure(difference["value"], signed=True),
                 "difference_interval": between(difference["low"], difference["high"], signed=True),
-                "verdict": _verdict(difference, metric["better"]),
+                "verdict": verdict(difference, metric["better"]),
             }
         rows.append(row)
     return rows
 
 
-def _verdict(difference: Mapping[str, float | None], better: str | None) -> str:
+def verdict(difference: Mapping[str, float | None], better: str | None) -> str:
     """Whether a difference between a run and its base is one, and a good one."""
     low, high = difference["low"], difference["high"]
     if low is None or high is None or low <= 0 <= high:
@@ -88,9 +88,13 @@ def _headline(summary: Mapping[str, Any], rows: Sequence[Mapping[str, str]]) -> 
     examples = summary["data"]["examples"]
     if "base" not in summary:
         return f"Measured on {count(examples)} example{'' if examples == 1 else 's'}"
-    verdicts = Counter(row["verdict"] for row in rows if row["better"])
-    name, total = summary["base"]["model"]["name"], verdicts.total()
-    better, worse = verdicts["better"], verdicts["worse"]
+    return beside(summary["base"]["model"]["name"], [row["verdict"] for row in rows if row["better"]])
+
+
+def beside(name: str, verdicts: Sequence[str]) -> str:
+    """What the verdicts on several metrics come to beside the base called `name`, in a sentence."""
+    found, total = Counter(verdicts), len(verdicts)
+    better, worse = found["better"], found["worse"]
     if not better and not worse:
         return f"No difference from {name} shown in any of {total} metrics"
     if better and worse:

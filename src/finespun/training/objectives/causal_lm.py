@@ -5,7 +5,7 @@ Only hidden states whose target has a weight go through the head, so a prompt co
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, linear
 from transformers import PreTrainedModel
 
 from finespun.data.packing import PackedBatch
@@ -21,7 +21,7 @@ from finespun.data.templates import TokenizedExample
 from finespun.files import hash_of
 from finespun.models.adapters import has_soft_prompt, head_weight, soft_prompt_cache
 from finespun.models.attention import packed, packs_exactly, plan_packing
-from finespun.models.linear_cross_entropy import accumulation_type, capped, linear_cross_entropy
+from finespun.models.linear_cross_entropy import accumulation_type, capped, linear_cross_entropy, rows_of_chunk
 from finespun.models.load import compute_in
 
 
@@ -94,6 +94,20 @@ class CausalLM:
             hidden[trained], matrix, targets, weights, getattr(self.head, "bias", None), self.logit_softcap
         )
         return BatchLoss(weighted_sum, losses, weights, examples)
+
+    @torch.no_grad()
+    def logits(self, batch: PackedBatch, places: torch.Tensor) -> Iterator[torch.Tensor]:
+        """The logits behind the tokens at `places` of a packed row, in pieces `[tokens, vocab]` of as many as are held
+        at a time; float32 or wider."""
+        if self.why_slow:
+            yield self._logits_one_by_one(batch, None)[places]
+            return
+        matrix = head_weight(self.head)
+        assert matrix is not None  # else this model is a slow one
+        hidden = self.hidden_states(batch, input_ids=batch.input_ids[None])[places]
+        for part in hidden.split(rows_of_chunk(matrix)):
+            logits = linear(part, matrix, getattr(self.head, "bias", None)).to(accumulation_type(hidden.dtype))
+            yield capped(logits, self.logit_softcap) if self.logit_softcap else logits
 
     def computing_in(self, dtype: torch.dtype) -> CausalLM:
         """Itself, or a copy in another type to measure with: the optimizer takes its masters from the model itself."""
