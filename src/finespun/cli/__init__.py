@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from finespun.errors import FinespunError, TrainingInterrupted
 from finespun.evaluation.judging.settings import JudgeServerSettings, StudySettings
-from finespun.evaluation.settings import EvaluationSettings, LLMJudgeSettings
+from finespun.evaluation.settings import BenchmarkSettings, EvaluationSettings, LLMJudgeSettings
 from finespun.generation.settings import Sampling
 from finespun.recipe import explain, known_keys, nearest
 from finespun.serving.settings import ServerSettings
@@ -23,6 +23,7 @@ KEYS = [
     *Sampling.model_fields,
     *ServerSettings.model_fields,
     *EvaluationSettings.model_fields,
+    *BenchmarkSettings.model_fields,
     *LLMJudgeSettings.model_fields,
     *StudySettings.model_fields,
     *JudgeServerSettings.model_fields,

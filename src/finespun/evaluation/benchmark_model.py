@@ -277,4 +277,4 @@ def _drops_space(encoder: Encoder) -> bool:
     """Whether the tokenizer leaves out the space with which a text begins, as those of sentence-piece do: lm-eval's
     metrics get the text without it."""
     ids = encoder.tokenizer.encode("x", add_special_tokens=False)
-    return encoder.decode(ids) == " x" and encoder.tokenizer.decode(ids) == "x"
+    return encoder.decode(ids, skip_special_tokens=False) == " x" and encoder.tokenizer.decode(ids) == "x"

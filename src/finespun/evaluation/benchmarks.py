@@ -41,9 +41,9 @@ from finespun.evaluation.evaluate import (
     check_folder,
     described,
     evaluation_folder,
-    finite,
     load_base,
 )
+from finespun.evaluation.perplexity import finite
 from finespun.evaluation.settings import BenchmarkSettings
 from finespun.files import write_text
 from finespun.models.catalog import weights_sha256
@@ -400,7 +400,9 @@ def _bounds(measured: Measured | None, examples: int | None = None) -> dict[str,
         found = interval(measured, examples=examples)
     except (ValueError, ZeroDivisionError):
         return {"low": None, "high": None}
-    return {"low": finite(found.low), "high": finite(found.high)}
+    bounds = found.to_json()
+    del bounds["value"]
+    return bounds
 
 
 def _differences(system: _System, base: _System) -> list[dict[str, Any]]:

@@ -430,12 +430,9 @@ def _likelihood(
 
 def _with_interval(score: Score, examples: int) -> dict[str, Any]:
     """A score as summary.json has it."""
-    found = interval(score.measured, examples=examples)
     return {
         "name": score.name,
-        "value": finite(found.value),
-        "low": finite(found.low),
-        "high": finite(found.high),
+        **interval(score.measured, examples=examples).to_json(),
         "signature": score.signature,
         "better": score.better,
     }
@@ -472,7 +469,7 @@ def _differences(scores: Sequence[Score], base: Sequence[Score], examples: int) 
     found = []
     for score in scores:
         ahead = interval(MeasuredDifference(score.measured, of_base[score.name]), examples=examples)
-        found.append({"name": score.name, **{key: finite(getattr(ahead, key)) for key in ("value", "low", "high")}})
+        found.append({"name": score.name, **ahead.to_json()})
     return found
 
 
@@ -508,8 +505,3 @@ def _check_unchanged(file: Path, lines: Sequence[str]) -> None:
                 f"{file}, line {number + 1}: is not what the model wrote; the file was changed by hand. Keep it under "
                 "another name if it is of use, and remove the folder to have it written anew."
             )
-
-
-def finite(value: float) -> float | None:
-    """JSON has no infinity."""
-    return float(value) if math.isfinite(value) else None

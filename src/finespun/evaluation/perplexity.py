@@ -20,8 +20,12 @@ class Interval:
     high: float
 
     def to_json(self) -> dict[str, float | None]:
-        """JSON has no infinity."""
-        return {key: value if math.isfinite(value) else None for key, value in asdict(self).items()}
+        return {key: finite(value) for key, value in asdict(self).items()}
+
+
+def finite(value: float) -> float | None:
+    """JSON has no infinity."""
+    return float(value) if math.isfinite(value) else None
 
 
 def perplexity(losses: Sequence[float], weights: Sequence[float]) -> Interval:

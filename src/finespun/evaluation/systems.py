@@ -248,6 +248,11 @@ def split_name(given: str) -> tuple[str, str]:
 
 def _summary(folder: Path) -> dict[str, Any]:
     file = folder / "summary.json"
+    if (folder / "results.json").is_file():
+        raise DataError(
+            f"{folder}: holds benchmarks, whose answers are not compared here; `finespun evaluate RUN --tasks … "
+            "--base` shows differences."
+        )
     try:
         summary = json.loads(file.read_text(encoding="utf-8"))
         _ = summary["model"]["name"], summary["settings"]["evaluation"], [each["name"] for each in summary["metrics"]]
