@@ -269,7 +269,7 @@ def test_the_best_checkpoint_is_restored_with_what_the_optimizer_makes_of_it(
     assert state.best_step < 30, "the rate must be one at which it gets worse"
     with torch.no_grad():
         total, weight = losses_one_by_one(tiny.model, examples[5:])
-    assert float(total) / weight == pytest.approx(state.best_loss, rel=1e-4)
+    assert float(total) / weight == pytest.approx(state.best_value, rel=1e-4)
 
 
 # Going on
