@@ -246,24 +246,7 @@ def _prepare(recipe: Recipe, texts: Texts, reporter: Reporter) -> _Prepared:
     tokens = encode_texts(texts, encoder, recipe.data, loaded.context_length)
     evaluation = sample_evaluation(recipe.evaluation, texts, encoder, loaded.context_length, settings.seed)
     objective = CausalLM(loaded.model)
-    settings.precision = settings.precision or faster_precision(loaded.device)
-    if settings.compile is None:
-        settings.compile = loaded.device.type == "cuda" and can_compile(loaded.device)
-    elif settings.compile and not can_compile(loaded.device):
-        raise RecipeError("training.compile: needs Triton on a GPU, or a C++ compiler (g++, clang++) on a CPU.")
-    why_rate = ""
-    if settings.learning_rate is None:
-        settings.learning_rate, why_rate = default_learning_rate(settings.method, settings.optimizer, parameters)
-    settings.batch_size = settings.batch_size or default_batch_size(tokens.drawn)
-    memory = plan_memory(objective, tokens.train, settings, longest=int(tokens.train.lengths.max()))
-    settings.micro_batch_tokens = memory.micro_batch_tokens
-    steps = settle(
-        settings,
-        examples=tokens.drawn,
-        tokens=int(tokens.train.lengths.sum()),
-        validation_tokens=int(tokens.validation.lengths.sum()),
-        tokens_per_second=lambda: _speed(objective, tokens.train, settings),
-    )
+    memory, steps, why_rate = _settle_training(settings, objective, tokens, parameters)
     manifest = {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "data": _describe(texts, tokens, recipe),
@@ -286,6 +269,33 @@ def _prepare(recipe: Recipe, texts: Texts, reporter: Reporter) -> _Prepared:
     if objective.why_slow:
         reporter.say(f"Examples are computed one by one, since {objective.why_slow}.")
     return _Prepared(recipe, texts, tokens, loaded, encoder, objective, evaluation, steps, memory, manifest, weights)
+
+
+def _settle_training(
+    settings: TrainingRecipe, objective: CausalLM, tokens: Tokens, parameters: int
+) -> tuple[MemoryPlan, int, str]:
+    """Decides what `settings` leaves open; returns the memory that it takes, the number of steps, and the reason for
+    the learning rate where none was given."""
+    device = objective.model.device
+    settings.precision = settings.precision or faster_precision(device)
+    if settings.compile is None:
+        settings.compile = device.type == "cuda" and can_compile(device)
+    elif settings.compile and not can_compile(device):
+        raise RecipeError("training.compile: needs Triton on a GPU, or a C++ compiler (g++, clang++) on a CPU.")
+    why_rate = ""
+    if settings.learning_rate is None:
+        settings.learning_rate, why_rate = default_learning_rate(settings.method, settings.optimizer, parameters)
+    settings.batch_size = settings.batch_size or default_batch_size(tokens.drawn)
+    memory = plan_memory(objective, tokens.train, settings, longest=int(tokens.train.lengths.max()))
+    settings.micro_batch_tokens = memory.micro_batch_tokens
+    steps = settle(
+        settings,
+        examples=tokens.drawn,
+        tokens=int(tokens.train.lengths.sum()),
+        validation_tokens=int(tokens.validation.lengths.sum()),
+        tokens_per_second=lambda: _speed(objective, tokens.train, settings),
+    )
+    return memory, steps, why_rate
 
 
 def _run(run: _Prepared, folder: RunFolder, reporter: Reporter, resume_from: Checkpoint | None) -> FinishedRun:
