@@ -298,6 +298,18 @@ def test_the_best_step_and_early_stopping_go_by_what_the_evaluation_says(
     assert seen[9]["validation_loss"] < seen[3]["validation_loss"]
 
 
+def test_losses_of_an_earlier_step_are_not_those_of_a_best_one_that_was_not_validated(
+    tiny: LoadedModel, tmp_path: Path
+) -> None:
+    examples, values = encoded(tiny), iter([1.0, 2.0, 3.0, 0.0])
+    state, losses = train(
+        *(tiny.model, CausalLM(tiny.model), examples, examples[:3], settings_of(4, validate_every=2), tmp_path),
+        *(lambda metrics: None, QUIET),
+        evaluation=Evaluation(1, lambda stopped: {"score": next(values)}, "score", higher=True),
+    )
+    assert (state.best_step, losses) == (3, None)
+
+
 def test_with_a_best_step_by_something_else_the_search_begins_anew(tiny: LoadedModel, tmp_path: Path) -> None:
     examples = encoded(tiny)
     settings = settings_of(4, validate_every=1)
