@@ -24,8 +24,10 @@ def test_yaml_options_and_keywords_are_the_same_recipe(tmp_path: Path, monkeypat
     monkeypatch.setattr("finespun.finetuning.finetune", stop)
     (tmp_path / "recipe.yaml").write_text(
         "model: m\ndata: a.txt\ntraining: {epochs: 2, method: lora}\nlora: {rank: 4}\n"
+        "evaluation: {every: 9, metrics: [BLEU, own:score], best_by: BLEU}\n"
     )
     flags = ["--training.epochs", "2", "--training.method", "lora", "--lora.rank", "4"]
+    flags += ["--evaluation.every", "9", "--evaluation.metrics", "bleu,own:score", "--evaluation.best-by", "bleu"]
     for command in (
         ["train", str(tmp_path / "recipe.yaml")],
         ["train", "--model", "m", "--data", "a.txt", *flags],
@@ -33,7 +35,10 @@ def test_yaml_options_and_keywords_are_the_same_recipe(tmp_path: Path, monkeypat
     ):
         with pytest.raises(SystemExit):
             main(command)
-    from_python = Recipe.from_keywords(model="m", data="a.txt", epochs=2, training={"method": "lora"}, rank=4)
+    evaluation = {"every": 9, "metrics": ["BLEU", "own:score"], "best_by": "BLEU"}
+    from_python = Recipe.from_keywords(
+        model="m", data="a.txt", epochs=2, training={"method": "lora"}, rank=4, **evaluation
+    )
     assert taken == [from_python] * 3
 
 
@@ -85,6 +90,11 @@ def test_bare_field_names_are_unambiguous() -> None:
         ({"data": {"template": {"prompt": "x"}}}, "either prompt and completion, or text"),
         ({"data": {"validation": 1.5}}, "`data.validation`"),
         ({"epochs": float("inf")}, "`training.epochs`"),
+        ({"every": 5, "metrics": ["BLUE"]}, "no metric 'BLUE'; there are BLEU, chrF++, "),
+        ({"every": 5, "metrics": ["MAUVE"]}, "MAUVE:MODEL, and your own as module:function"),
+        ({"every": 5, "metrics": ["BLEU"], "best_by": "TER"}, "`best_by` TER is not one of the `metrics`"),
+        ({"every": 5, "best_by": "loss"}, "`evaluation.best_by` there is no metric 'loss'"),
+        ({"metrics": ["BLEU"]}, "say how many, with `every`"),
     ],
 )
 def test_what_is_wrong_is_said_in_the_words_of_the_recipe(keywords: dict, said: str) -> None:

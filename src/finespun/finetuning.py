@@ -21,6 +21,7 @@ from finespun.data.sources import Items, MemoryRows, read_standard_input, to_jso
 from finespun.data.templates import Encoder, TokenizedExample
 from finespun.data.texts import HELD_OUT, Texts, read_texts
 from finespun.errors import DataError, OutOfMemory, RecipeError, RunError, TrainingInterrupted
+from finespun.evaluation.during_training import SampleEvaluation, sample_evaluation
 from finespun.evaluation.perplexity import perplexity, perplexity_ratio
 from finespun.files import copy_file, data_cache, hash_of, remembered, write_text
 from finespun.generation.engine import generate
@@ -36,11 +37,18 @@ from finespun.models.load import (
     save_model,
 )
 from finespun.models.trainable import make_trainable
-from finespun.recipe import Recipe, TrainingRecipe, changed_keys
+from finespun.recipe import VALIDATION_LOSS, Recipe, TrainingRecipe, changed_keys
 from finespun.reports.training import LENGTH_ACTIONS, write_report
 from finespun.runs import RunFolder, default_out, environment
 from finespun.training.checkpoint import Checkpoint, newest_checkpoint
-from finespun.training.loop import ExampleLosses, ResolvedTraining, example_losses, tokens_per_second, train
+from finespun.training.loop import (
+    Evaluation,
+    ExampleLosses,
+    ResolvedTraining,
+    example_losses,
+    tokens_per_second,
+    train,
+)
 from finespun.training.memory import MemoryPlan, keep_freed_memory, plan_memory
 from finespun.training.objectives.causal_lm import CausalLM
 from finespun.training.progress import Reporter, duration
@@ -73,6 +81,7 @@ class _Prepared:
     loaded: LoadedModel
     encoder: Encoder
     objective: CausalLM
+    evaluation: SampleEvaluation | None
     steps: int
     memory: MemoryPlan
     manifest: dict[str, Any]
@@ -135,7 +144,7 @@ def resume(
     if different and not allow_changes:
         _refuse(folder, different)
     checkpoint = newest_checkpoint(folder.checkpoints)
-    done = checkpoint.state.step if checkpoint else 0
+    done = checkpoint.state.recorded if checkpoint else 0
     run.manifest["started"] = recorded["started"]
     run.manifest["changes"] = [
         *recorded.get("changes", []),
@@ -145,7 +154,7 @@ def resume(
     folder.create(recipe, run.manifest)
     for line in different:
         reporter.say(f"Changed: {line}")
-    reporter.say(f"Going on after step {done} of {run.steps}.")
+    reporter.say(f"Going on after step {checkpoint.state.step if checkpoint else 0} of {run.steps}.")
     return _run(run, folder, reporter, resume_from=checkpoint)
 
 
@@ -205,9 +214,11 @@ def plan(recipe: Recipe, reporter: Reporter | None = None) -> list[str]:
     validations = run.steps // (settings.validate_every or run.steps)
     speed = _speed(run.objective, tokens.train, settings)
     seconds = (trained + validations * int(tokens.validation.lengths.sum()) / 3) / speed
+    sample, every = run.evaluation, recipe.evaluation.every or run.steps
     return [
         f"{run.steps} steps over {trained:,.0f} tokens, with {validations} validations, at {speed:,.0f} tokens a "
         f"second: about {duration(seconds)}.",
+        *([f"Beside that, {ceil(run.steps / every)} evaluations on {len(sample.prompts)} prompts."] if sample else []),
         "Memory:",
         *run.memory.lines(),
         *(run.memory.remedies(settings) if run.memory.total > run.memory.available else []),
@@ -233,25 +244,9 @@ def _prepare(recipe: Recipe, texts: Texts, reporter: Reporter) -> _Prepared:
     weights = [weights_sha256(path) for path in (loaded.base_path, *([location.path] if loaded.has_adapter else []))]
     trainable = make_trainable(loaded, recipe, new_tokens)
     tokens = encode_texts(texts, encoder, recipe.data, loaded.context_length)
+    evaluation = sample_evaluation(recipe.evaluation, texts, encoder, loaded.context_length, settings.seed)
     objective = CausalLM(loaded.model)
-    settings.precision = settings.precision or faster_precision(loaded.device)
-    if settings.compile is None:
-        settings.compile = loaded.device.type == "cuda" and can_compile(loaded.device)
-    elif settings.compile and not can_compile(loaded.device):
-        raise RecipeError("training.compile: needs Triton on a GPU, or a C++ compiler (g++, clang++) on a CPU.")
-    why_rate = ""
-    if settings.learning_rate is None:
-        settings.learning_rate, why_rate = default_learning_rate(settings.method, settings.optimizer, parameters)
-    settings.batch_size = settings.batch_size or default_batch_size(tokens.drawn)
-    memory = plan_memory(objective, tokens.train, settings, longest=int(tokens.train.lengths.max()))
-    settings.micro_batch_tokens = memory.micro_batch_tokens
-    steps = settle(
-        settings,
-        examples=tokens.drawn,
-        tokens=int(tokens.train.lengths.sum()),
-        validation_tokens=int(tokens.validation.lengths.sum()),
-        tokens_per_second=lambda: _speed(objective, tokens.train, settings),
-    )
+    memory, steps, why_rate = _settle_training(settings, objective, tokens, parameters)
     manifest = {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "data": _describe(texts, tokens, recipe),
@@ -273,12 +268,39 @@ def _prepare(recipe: Recipe, texts: Texts, reporter: Reporter) -> _Prepared:
     )
     if objective.why_slow:
         reporter.say(f"Examples are computed one by one, since {objective.why_slow}.")
-    return _Prepared(recipe, texts, tokens, loaded, encoder, objective, steps, memory, manifest, weights)
+    return _Prepared(recipe, texts, tokens, loaded, encoder, objective, evaluation, steps, memory, manifest, weights)
+
+
+def _settle_training(
+    settings: TrainingRecipe, objective: CausalLM, tokens: Tokens, parameters: int
+) -> tuple[MemoryPlan, int, str]:
+    """Decides what `settings` leaves open; returns the memory that it takes, the number of steps, and the reason for
+    the learning rate where none was given."""
+    device = objective.model.device
+    settings.precision = settings.precision or faster_precision(device)
+    if settings.compile is None:
+        settings.compile = device.type == "cuda" and can_compile(device)
+    elif settings.compile and not can_compile(device):
+        raise RecipeError("training.compile: needs Triton on a GPU, or a C++ compiler (g++, clang++) on a CPU.")
+    why_rate = ""
+    if settings.learning_rate is None:
+        settings.learning_rate, why_rate = default_learning_rate(settings.method, settings.optimizer, parameters)
+    settings.batch_size = settings.batch_size or default_batch_size(tokens.drawn)
+    memory = plan_memory(objective, tokens.train, settings, longest=int(tokens.train.lengths.max()))
+    settings.micro_batch_tokens = memory.micro_batch_tokens
+    steps = settle(
+        settings,
+        examples=tokens.drawn,
+        tokens=int(tokens.train.lengths.sum()),
+        validation_tokens=int(tokens.validation.lengths.sum()),
+        tokens_per_second=lambda: _speed(objective, tokens.train, settings),
+    )
+    return memory, steps, why_rate
 
 
 def _run(run: _Prepared, folder: RunFolder, reporter: Reporter, resume_from: Checkpoint | None) -> FinishedRun:
     """Measures, trains, measures again and writes the model and the report."""
-    done = resume_from.state.step if resume_from else 0
+    done = resume_from.state.recorded if resume_from else 0
     names, settings = run.recipe.training.trackers or [], run.manifest["recipe"]
     try:
         with Trackers(names, folder.path, settings, reporter.say, done) as trackers:
@@ -310,6 +332,7 @@ def _train_and_write(
         reporter,
         resume_from,
         tokens.mixture,
+        _evaluation(run),
     )
     if loaded.pissa_start:
         loaded.model = unroll_pissa(loaded.model, loaded.pissa_start, recipe.lora)
@@ -320,6 +343,7 @@ def _train_and_write(
         after, _ = best or example_losses(objective, tokens.validation, training.micro_batch_tokens)
         run.manifest["results"] = {
             "best_step": state.best_step,
+            "best_by": state.best_by,
             "perplexity_before": asdict(perplexity(losses, weights)),
             "perplexity_after": asdict(perplexity(after, weights)),
             "perplexity_ratio": asdict(perplexity_ratio(losses, after, weights)),
@@ -329,6 +353,19 @@ def _train_and_write(
     folder.write_samples(_write_out(samples, "after", run))
     write_report(folder)
     return FinishedRun(folder, loaded, run.encoder)
+
+
+def _evaluation(run: _Prepared) -> Evaluation | None:
+    """What the loop is to measure beside the losses."""
+    asked, sample = run.recipe.evaluation, run.evaluation
+    if sample is None or asked.every is None:
+        return None
+    return Evaluation(
+        asked.every,
+        lambda stopped: sample.scores(run.loaded, run.encoder, stopped),
+        asked.best_by,
+        higher=asked.best_by != VALIDATION_LOSS and sample.metrics[asked.best_by].better == "higher",
+    )
 
 
 def _measured_before(run: _Prepared, micro_batch_tokens: int, reporter: Reporter) -> tuple[ExampleLosses, list[Sample]]:

@@ -40,6 +40,19 @@ Optimizer = Literal["adamw", "adamw-8bit", "adafactor", "muon", "lion", "schedul
 Schedule = Literal["cosine", "linear", "constant", "warmup-stable-decay"]
 Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 
+METRICS = (
+    *("BLEU", "chrF++", "TER", "webnlg-bleu"),
+    *("ROUGE-1", "ROUGE-2", "ROUGE-L", "ROUGE-Lsum"),
+    *("ROUGE-1-mean", "ROUGE-2-mean", "ROUGE-L-mean", "ROUGE-Lsum-mean"),
+    *("METEOR", "exact-match", "token-F1"),
+    *("distinct-1", "distinct-2", "distinct-3", "self-BLEU", "rep-4", "loops", "length", "ended"),
+    *("copied-4", "longest-copy"),
+)
+METRICS_WITH_A_MODEL = ("BERTScore", "MAUVE")
+"""What `finespun evaluate` measures on outputs, by name; the latter with the model that is named after a colon."""
+
+VALIDATION_LOSS = "validation_loss"
+
 
 class Section(BaseModel):
     """A part of the recipe: unknown keys are refused, values are not coerced into something else silently."""
@@ -207,7 +220,8 @@ class TrainingRecipe(Section):
     max_minutes: Annotated[float, Field(gt=0)] | None = None
     """Take no more steps than fit into so many minutes on this machine; the speed is measured first."""
     early_stopping: Annotated[int, Field(ge=1)] | None = None
-    """Stop when so many validations in a row were no better than the best."""
+    """Stop when so many validations in a row, or evaluations where evaluation.best_by is a metric, were no better than
+    the best."""
     batch_size: Annotated[int, Field(ge=1)] | None = None
     """Examples in one step [default: 4 to 32, by the number of examples]."""
     optimizer: Optimizer = "adamw"
@@ -266,6 +280,64 @@ class TrainingRecipe(Section):
         return self
 
 
+class EvaluationRecipe(Section):
+    """Metrics of `finespun evaluate` during training: every so many steps the model writes, greedily, for a sample of
+    the held-out prompts."""
+
+    every: Annotated[int, Field(ge=1)] | None = None
+    """Steps between evaluations; the last step has one too [default: none are made]."""
+    examples: Annotated[int, Field(ge=1)] = 64
+    """How many held-out prompts are in the sample, which is drawn once, with the seed; a prompt that stands there with
+    several answers is one, and has them all as references."""
+    metrics: list[str] | None = None
+    """Names of metrics, or module:function for your own [default: those of `finespun evaluate` that fit the data, but
+    for copied-4 and longest-copy]."""
+    language: str | None = None
+    """Language of the texts, such as en or zh [default: told from them]."""
+    max_output_tokens: Annotated[int, Field(ge=1)] = 256
+    """Longest text that is written; `finespun evaluate` calls it --max-new-tokens."""
+    best_by: str = VALIDATION_LOSS
+    """What the best checkpoint, and early stopping, go by: validation_loss, or one of the metrics."""
+
+    @field_validator("metrics", mode="after")
+    @classmethod
+    def _known(cls, value: list[str] | None) -> list[str] | None:
+        """`--evaluation.metrics BLEU,chrF++` names two, in any case of letters."""
+        if value is None:
+            return None
+        names = [_metric(name.strip()) for given in value for name in given.split(",") if name.strip()]
+        if not names:
+            raise ValueError("names no metric; leave it out for those that fit the data")
+        return list(dict.fromkeys(names))
+
+    @field_validator("best_by", mode="after")
+    @classmethod
+    def _known_too(cls, value: str) -> str:
+        return value if value == VALIDATION_LOSS else _metric(value)
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> EvaluationRecipe:
+        by_metric = self.best_by != VALIDATION_LOSS
+        if self.every is None and (self.metrics is not None or by_metric):
+            raise ValueError("measures `metrics` every so many steps: say how many, with `every`")
+        if by_metric and self.metrics is not None and self.best_by not in self.metrics:
+            raise ValueError(f"`best_by` {self.best_by} is not one of the `metrics`: add it to them")
+        return self
+
+
+def _metric(name: str) -> str:
+    """The name of a metric as evaluation writes it. Raises `ValueError` for one that is none."""
+    before, colon, rest = name.partition(":")
+    plain: dict[str, str] = {known.lower(): known for known in METRICS}
+    with_model: dict[str, str] = {known.lower(): known for known in METRICS_WITH_A_MODEL}
+    if not colon and name.lower() in plain:
+        return plain[name.lower()]
+    if colon and before and rest:  # with a model, or one's own
+        return f"{with_model.get(before.lower(), before)}:{rest}"
+    known = ", ".join([*METRICS, *(f"{each}:MODEL" for each in METRICS_WITH_A_MODEL)])
+    raise ValueError(f"there is no metric {name!r}; there are {known}, and your own as module:function")
+
+
 class SamplesRecipe(Section):
     """Texts written before and after training for the report."""
 
@@ -292,6 +364,8 @@ class Recipe(Section):
     """The adapter, for methods lora and qlora."""
     soft_prompt: SoftPromptRecipe = Field(default_factory=SoftPromptRecipe)
     """The vectors, for methods prompt-tuning and prefix-tuning."""
+    evaluation: EvaluationRecipe = Field(default_factory=EvaluationRecipe)
+    """Metrics during training."""
     samples: SamplesRecipe = Field(default_factory=SamplesRecipe)
     """Samples for the report."""
 
@@ -379,6 +453,7 @@ SECTIONS: dict[str, type[Section]] = {
     "training": TrainingRecipe,
     "lora": LoraRecipe,
     "soft_prompt": SoftPromptRecipe,
+    "evaluation": EvaluationRecipe,
     "samples": SamplesRecipe,
 }
 

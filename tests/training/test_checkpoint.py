@@ -12,7 +12,7 @@ from finespun.training.checkpoint import TrainingState, best_checkpoint, newest_
 def save(folder: Path, step: int, best: int | None = None, keep: int = 1) -> None:
     save_checkpoint(
         folder,
-        TrainingState(step, best_step=best, best_loss=1.0 if best else None),
+        TrainingState(step, best_step=best, best_value=1.0 if best else None),
         {"w": torch.full((3,), float(step))},
         {"w/step": torch.tensor(step)},
         keep,
@@ -27,8 +27,8 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
     for step, best in ((1, 1), (2, 2), (3, 2), (4, 2)):
         save(tmp_path, step, best)
     assert names(tmp_path) == ["step-000002", "step-000004"]
-    assert newest_checkpoint(tmp_path).state == TrainingState(4, best_step=2, best_loss=1.0)
-    assert best_checkpoint(tmp_path, TrainingState(4, best_step=2, best_loss=1.0)).weights()["w"][0] == 2
+    assert newest_checkpoint(tmp_path).state == TrainingState(4, best_step=2, best_value=1.0)
+    assert best_checkpoint(tmp_path, TrainingState(4, best_step=2, best_value=1.0)).weights()["w"][0] == 2
 
 
 def test_as_many_of_the_newest_are_kept_as_asked_for(tmp_path: Path) -> None:
@@ -56,4 +56,4 @@ def test_half_written_ones_do_not_count(tmp_path: Path) -> None:
     (tmp_path / ".step-000009.tmp-1").mkdir()
     assert newest_checkpoint(tmp_path) is None
     with pytest.raises(RunError, match="missing or damaged"):
-        best_checkpoint(tmp_path, TrainingState(9, best_step=9, best_loss=1.0))
+        best_checkpoint(tmp_path, TrainingState(9, best_step=9, best_value=1.0))

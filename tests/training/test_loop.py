@@ -17,7 +17,7 @@ from finespun.recipe import Recipe
 from finespun.runs import RunFolder
 from finespun.training import loop
 from finespun.training.checkpoint import newest_checkpoint
-from finespun.training.loop import ResolvedTraining, accumulate_gradients, train
+from finespun.training.loop import Evaluation, ResolvedTraining, accumulate_gradients, train, weighted_mean
 from finespun.training.objectives.causal_lm import CausalLM, EmbeddingNoise
 from finespun.training.progress import Reporter
 from reference import encoded, gradients, losses_one_by_one
@@ -269,10 +269,74 @@ def test_the_best_checkpoint_is_restored_with_what_the_optimizer_makes_of_it(
     assert state.best_step < 30, "the rate must be one at which it gets worse"
     with torch.no_grad():
         total, weight = losses_one_by_one(tiny.model, examples[5:])
-    assert float(total) / weight == pytest.approx(state.best_loss, rel=1e-4)
+    assert float(total) / weight == pytest.approx(state.best_value, rel=1e-4)
+
+
+@pytest.mark.parametrize("higher", [True, False])
+def test_the_best_step_and_early_stopping_go_by_what_the_evaluation_says(
+    tiny: LoadedModel, tmp_path: Path, higher: bool
+) -> None:
+    """Values 2, 5, 5, 4, … after each second step, or the same below zero; the validation loss falls all the while."""
+    examples = encoded(tiny)
+    values = iter([2.0, 5.0, 5.0, 4.0, 1.0, 9.0])
+    weights: dict[int, list[torch.Tensor]] = {}
+    seen: list[dict] = []
+
+    def measure(stopped: object) -> dict[str, float]:
+        weights[len(seen) + 1] = [parameter.detach().clone() for parameter in tiny.model.parameters()]
+        return {"score": next(values) * (1 if higher else -1)}
+
+    settings = settings_of(20, validate_every=1, early_stopping=3, save_every=3)
+    state, losses = train(
+        *(tiny.model, CausalLM(tiny.model), examples, examples[:3], settings, tmp_path, seen.append, QUIET),
+        evaluation=Evaluation(2, measure, "score", higher),
+    )
+    assert (state.best_step, abs(state.best_value), state.step) == (4, 5.0, 10)
+    assert [line["step"] for line in seen if "score" in line] == [2, 4, 6, 8, 10]
+    assert all(torch.equal(*pair) for pair in zip(weights[4], tiny.model.parameters(), strict=True))
+    assert weighted_mean(losses) == seen[3]["validation_loss"]
+    assert seen[9]["validation_loss"] < seen[3]["validation_loss"]
+
+
+def test_losses_of_an_earlier_step_are_not_those_of_a_best_one_that_was_not_validated(
+    tiny: LoadedModel, tmp_path: Path
+) -> None:
+    examples, values = encoded(tiny), iter([1.0, 2.0, 3.0, 0.0])
+    state, losses = train(
+        *(tiny.model, CausalLM(tiny.model), examples, examples[:3], settings_of(4, validate_every=2), tmp_path),
+        *(lambda metrics: None, QUIET),
+        evaluation=Evaluation(1, lambda stopped: {"score": next(values)}, "score", higher=True),
+    )
+    assert (state.best_step, losses) == (3, None)
+
+
+def test_with_a_best_step_by_something_else_the_search_begins_anew(tiny: LoadedModel, tmp_path: Path) -> None:
+    examples = encoded(tiny)
+    settings = settings_of(4, validate_every=1)
+    model = (tiny.model, CausalLM(tiny.model), examples, examples[:3])
+    train(*model, settings, tmp_path, lambda metrics: None, QUIET)
+    before = newest_checkpoint(tmp_path)
+    assert (before.state.best_by, before.state.best_step) == ("validation_loss", 4)
+    state, _ = train(
+        *(*model, settings_of(6, validate_every=1), tmp_path, lambda metrics: None, QUIET, before),
+        evaluation=Evaluation(1, lambda stopped: {"score": 0.1}, "score", higher=True),
+    )
+    assert (state.best_by, state.best_step, state.best_value) == ("score", 5, 0.1)
 
 
 # Going on
+
+
+def test_a_run_that_stopped_early_and_was_killed_before_its_report_takes_no_more_steps(
+    tiny_folder: Path, in_tmp: Path
+) -> None:
+    settings = recipe(tiny_folder, "run", epochs=60, learning_rate=0.02, validate_every=5, early_stopping=2)
+    whole = finetuning.finetune(settings, reporter=QUIET)
+    steps, weights = len(whole.folder.metrics()), Path("run/model/model.safetensors").read_bytes()
+    Path("run/report.html").unlink()
+    finetuning.resume("run", QUIET)
+    assert len(whole.folder.metrics()) == steps < 420
+    assert Path("run/model/model.safetensors").read_bytes() == weights
 
 
 def interrupted(folder: Path, at: int, monkeypatch: pytest.MonkeyPatch, settings: Recipe) -> None:
@@ -300,6 +364,11 @@ OPTIONS = {
     "pissa": {"method": "lora", "lora": {"initial": "pissa", "b_rate_ratio": 4.0}},
     "prompt": {"method": "prompt-tuning"},
     "prefix": {"method": "prefix-tuning"},
+    "evaluation": {
+        "evaluation": {"every": 3, "metrics": ["distinct-1"], "best_by": "distinct-1", "max_output_tokens": 9},
+        "ema_decay": 0.7,
+        "learning_rate": 0.02,
+    },
 }
 
 
@@ -311,8 +380,9 @@ def test_interrupted_and_resumed_equals_uninterrupted_with(
     finetuning.finetune(recipe(tiny_folder, "whole", **options), reporter=QUIET)
     interrupted(in_tmp, 10, monkeypatch, recipe(tiny_folder, "broken", **options))
     finetuning.resume("broken", QUIET)
-    assert [line["loss"] for line in RunFolder(Path("whole")).metrics()] == [
-        line["loss"] for line in RunFolder(Path("broken")).metrics()
+    recorded = [RunFolder(Path(run)).metrics() for run in ("whole", "broken")]
+    assert [[line | {"tokens_per_second": 0} for line in lines] for lines in recorded[:1]] == [
+        [line | {"tokens_per_second": 0} for line in lines] for lines in recorded[1:]
     ]
     (weights,) = Path("whole/model").glob("*.safetensors")
     assert weights.read_bytes() == Path("broken/model", weights.name).read_bytes()

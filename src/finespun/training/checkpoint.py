@@ -12,6 +12,7 @@ import json
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -19,17 +20,27 @@ from safetensors.torch import load_file, save_file
 from finespun.errors import RunError
 from finespun.files import new_folder
 from finespun.models.catalog import file_sha256
+from finespun.recipe import VALIDATION_LOSS
 
 
 @dataclass(frozen=True)
 class TrainingState:
-    """Where a run stands after `step` steps; `best_loss` is the lowest validation loss so far (nats a token).
-    `micro_batch_tokens` is what fits into memory, where that has turned out to be less than was planned."""
+    """Where a run stands after `step` steps; `best_value` is the best so far of what it is judged by, `best_by`: the
+    validation loss (nats a token), or a metric. `micro_batch_tokens` is what fits into memory, where that has turned
+    out to be less than was planned. `unmeasured` are the metrics of the step where the run was stopped before it had
+    all of them."""
 
     step: int = 0
     micro_batch_tokens: int | None = None
     best_step: int | None = None
-    best_loss: float | None = None
+    best_value: float | None = None
+    best_by: str = VALIDATION_LOSS
+    unmeasured: dict[str, Any] | None = None
+
+    @property
+    def recorded(self) -> int:
+        """The last step of which all metrics are known."""
+        return self.step if self.unmeasured is None else self.step - 1
 
 
 @dataclass(frozen=True)
@@ -78,7 +89,7 @@ def newest_checkpoint(folder: Path) -> Checkpoint | None:
 
 
 def best_checkpoint(folder: Path, state: TrainingState) -> Checkpoint:
-    """The checkpoint with the lowest validation loss, or the newest one of a run without validation.
+    """The checkpoint of the best step, or the newest one of a run that has none.
 
     Raises `RunError` if it is gone or damaged.
     """

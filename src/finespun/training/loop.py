@@ -24,10 +24,10 @@ import torch
 from finespun.data.packing import micro_batches, pack, step_indices
 from finespun.data.templates import TokenizedExample
 from finespun.data.tokens import Share
-from finespun.errors import OutOfMemory, TrainingDiverged, TrainingInterrupted
+from finespun.errors import FinespunError, OutOfMemory, TrainingDiverged, TrainingInterrupted
 from finespun.models.compilation import compile_parts
 from finespun.models.gradient_checkpointing import gradient_checkpointing
-from finespun.recipe import Optimizer, Recipe, Schedule, TrainingRecipe
+from finespun.recipe import VALIDATION_LOSS, Optimizer, Recipe, Schedule, TrainingRecipe
 from finespun.training.checkpoint import Checkpoint, TrainingState, best_checkpoint, save_checkpoint
 from finespun.training.memory import is_out_of_memory, memory_limit, smaller_micro_batch
 from finespun.training.objectives.causal_lm import CausalLM, EmbeddingNoise
@@ -84,6 +84,21 @@ class ResolvedTraining:
         )
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """What is measured of the model every so many steps, and at the last, beside the validation loss.
+
+    `measure` gets a function that says whether the run is to stop, and then raises `TrainingInterrupted` soon; else it
+    gives numbers by name. It draws no random numbers and leaves the model as it was. The best step is the one at which
+    `best_by`, one of these numbers or the validation loss, is lowest or, where `higher` is better, highest.
+    """
+
+    every: int
+    measure: Callable[[Callable[[], bool]], dict[str, float]]
+    best_by: str = VALIDATION_LOSS
+    higher: bool = False
+
+
 def train(
     model: torch.nn.Module,
     objective: CausalLM,
@@ -95,26 +110,26 @@ def train(
     reporter: Reporter,
     resume: Checkpoint | None = None,
     mixture: Sequence[Share] = (),
+    evaluation: Evaluation | None = None,
 ) -> tuple[TrainingState, ExampleLosses | None]:
     """Trains the parameters of `model` that require a gradient; they end as those of the best checkpoint.
 
-    Returns where the run stands and, unless the best step lies before `resume`, the validation losses of that step.
+    Returns where the run stands and, if this call validated the best step, the validation losses of that step.
     `mixture` says how many of which examples an epoch takes, where it is not each once.
     `on_step` gets the metrics of each step. Checkpoints go to the folder `checkpoints`; with `resume` the run goes on
     from one of them, bit for bit as if it had not stopped. Raises `TrainingDiverged` for a loss or gradient that is
-    not finite, `TrainingInterrupted`, after saving, when SIGINT or SIGTERM came, and `OutOfMemory`, after saving, for
-    an example that does not fit by itself.
+    not finite, and, after saving, `TrainingInterrupted` when SIGINT or SIGTERM came, `OutOfMemory` for an example that
+    does not fit by itself, and whatever `evaluation` raises.
     """
     optimizer = MasterOptimizer(
         model, recipe.optimizer, recipe.weight_decay, recipe.compute_dtype, recipe.ema_decay, recipe.b_rate_ratio
     )
     if recipe.compile:
         compile_parts(objective.decoder)
-    state = TrainingState()
-    best: ExampleLosses | None = None
+    state = resume.state if resume else TrainingState()
     if resume:
-        state = resume.state
         optimizer.load_state(resume.weights(), resume.moments())
+    run = _Run(objective, optimizer, validation, recipe, checkpoints, reporter, evaluation, state)
     batches = step_indices(len(examples), recipe.batch_size, recipe.seed, state.step, mixture)
     steps_per_epoch = -(-(sum(share.draws for share in mixture) or len(examples)) // recipe.batch_size)
 
@@ -122,62 +137,140 @@ def train(
         stop_requests() as stop,
         memory_limit(recipe.memory_limit_gb),
         gradient_checkpointing(objective.decoder, recipe.gradient_checkpointing),
-        reporter.start(state.step, recipe.steps),
+        reporter.start(state.recorded, recipe.steps),
     ):
-        for step in range(state.step + 1, recipe.steps + 1):
-            started = time.perf_counter()
-            batch = [examples[index] for index in next(batches)]
-            noise = EmbeddingNoise(recipe.neftune_alpha, recipe.seed, step) if recipe.neftune_alpha else None
-            try:
-                size = min(recipe.micro_batch_tokens, state.micro_batch_tokens or recipe.micro_batch_tokens)
-                loss, fitting = fitting_gradients(objective, optimizer, batch, size, noise)
-            except OutOfMemory as error:
-                if state.step:
-                    save_checkpoint(checkpoints, state, *optimizer.state(), keep=recipe.keep_checkpoints)
-                raise OutOfMemory(f"Step {step}: {error} {state.step} steps are saved.") from None
-            if fitting < size:
-                state = replace(state, micro_batch_tokens=fitting)
-                reporter.say(f"Step {step} did not fit into memory and was taken in parts of at most {fitting} tokens.")
-            rate = learning_rate(
-                step - 1, recipe.steps, recipe.learning_rate, recipe.warmup, recipe.schedule, recipe.decay
-            )
-            norm = optimizer.step(rate, recipe.max_gradient_norm) if isfinite(loss) else nan
-            if not isfinite(norm):
-                raise diverged(objective, batch, step, loss, norm, checkpoints)
-            tokens = sum(len(example.input_ids) for example in batch)
-            metrics: dict[str, Any] = {
-                "step": step,
-                "epoch": step / steps_per_epoch,
-                "loss": loss,
-                "learning_rate": rate,
-                "gradient_norm": norm,
-                "tokens": tokens,
-                "tokens_per_second": tokens / (time.perf_counter() - started),
-            }
-            state = replace(state, step=step)
-            last = step == recipe.steps
-            if validation and (last or step % recipe.validate_every == 0):
-                with optimizer.evaluating():
-                    losses = example_losses(objective, validation, fitting)
-                metrics["validation_loss"] = weighted_mean(losses)
-                if state.best_loss is None or metrics["validation_loss"] < state.best_loss:
-                    state, best = replace(state, best_step=step, best_loss=metrics["validation_loss"]), losses
-                worse_for = (step - (state.best_step or 0)) // recipe.validate_every
-                last = last or worse_for >= (recipe.early_stopping or recipe.steps)
+        while run.state.unmeasured or not run.over:
+            if not run.state.unmeasured:  # else the run was stopped while this step was being measured
+                run.take_step([examples[index] for index in next(batches)], steps_per_epoch)
+            metrics = run.measure(stop.is_set)
             on_step(metrics)
             reporter.step(metrics, recipe.steps)
-            if last or stop.is_set() or state.best_step == step or step % recipe.save_every == 0:
-                save_checkpoint(checkpoints, state, *optimizer.state(), keep=recipe.keep_checkpoints)
-            if last:
-                break
-            if stop.is_set():
+            step = run.state.step
+            if run.over or stop.is_set() or run.state.best_step == step or step % recipe.save_every == 0:
+                run.save()
+            if stop.is_set() and not run.over:
                 raise TrainingInterrupted(f"Stopped after step {step} of {recipe.steps}, and saved.")
 
+    state = run.state
     if state.best_step is not None and state.best_step != state.step:
         chosen = best_checkpoint(checkpoints, state)
         optimizer.load_state(chosen.weights(), chosen.moments())
     optimizer.settle()
-    return state, best
+    return state, run.best
+
+
+@dataclass
+class _Run:
+    """What a run computes with, and where it stands."""
+
+    objective: CausalLM
+    optimizer: MasterOptimizer
+    validation: Sequence[TokenizedExample]
+    recipe: ResolvedTraining
+    checkpoints: Path
+    reporter: Reporter
+    evaluation: Evaluation | None
+    state: TrainingState
+    best: ExampleLosses | None = None
+    """The validation losses of the best step, where they were computed here."""
+
+    def __post_init__(self) -> None:
+        if self.state.best_by != self._best_by:  # a value of something else cannot be compared
+            self.state = replace(self.state, best_by=self._best_by, best_step=None, best_value=None)
+
+    @property
+    def _best_by(self) -> str:
+        return self.evaluation.best_by if self.evaluation else VALIDATION_LOSS
+
+    @property
+    def over(self) -> bool:
+        """Whether no step is to be taken any more."""
+        state, recipe = self.state, self.recipe
+        judged = self.evaluation if self.evaluation and self._best_by != VALIDATION_LOSS else None
+        every = judged.every if judged else recipe.validate_every
+        worse_for = 0 if state.best_step is None else (state.step - state.best_step) // every
+        return state.step >= recipe.steps or worse_for >= (recipe.early_stopping or recipe.steps)
+
+    @property
+    def _fitting(self) -> int:
+        """Tokens that are computed at once."""
+        return min(self.recipe.micro_batch_tokens, self.state.micro_batch_tokens or self.recipe.micro_batch_tokens)
+
+    def take_step(self, batch: Sequence[TokenizedExample], steps_per_epoch: int) -> None:
+        """One update. Raises `TrainingDiverged`, or `OutOfMemory` after saving."""
+        started = time.perf_counter()
+        recipe, step, size = self.recipe, self.state.step + 1, self._fitting
+        noise = EmbeddingNoise(recipe.neftune_alpha, recipe.seed, step) if recipe.neftune_alpha else None
+        try:
+            loss, fitting = fitting_gradients(self.objective, self.optimizer, batch, size, noise)
+        except OutOfMemory as error:
+            if self.state.step:
+                self.save()
+            raise OutOfMemory(f"Step {step}: {error} {self.state.step} steps are saved.") from None
+        if fitting < size:
+            self.state = replace(self.state, micro_batch_tokens=fitting)
+            self.reporter.say(
+                f"Step {step} did not fit into memory and was taken in parts of at most {fitting} tokens."
+            )
+        rate = learning_rate(step - 1, recipe.steps, recipe.learning_rate, recipe.warmup, recipe.schedule, recipe.decay)
+        norm = self.optimizer.step(rate, recipe.max_gradient_norm) if isfinite(loss) else nan
+        if not isfinite(norm):
+            raise diverged(self.objective, batch, step, loss, norm, self.checkpoints)
+        tokens = sum(len(example.input_ids) for example in batch)
+        metrics: dict[str, Any] = {
+            "step": step,
+            "epoch": step / steps_per_epoch,
+            "loss": loss,
+            "learning_rate": rate,
+            "gradient_norm": norm,
+            "tokens": tokens,
+            "tokens_per_second": tokens / (time.perf_counter() - started),
+        }
+        self.state = replace(self.state, step=step, unmeasured=metrics)
+
+    def measure(self, stopped: Callable[[], bool]) -> dict[str, Any]:
+        """The metrics of the step that was taken, with all that is due to be measured after it. What the evaluation
+        raises is raised after saving; the run then goes on with measuring."""
+        step = self.state.step
+        try:
+            metrics, losses = self._measured(stopped)
+        except Exception as error:
+            self.save()
+            match error:
+                case TrainingInterrupted():
+                    raise TrainingInterrupted(f"Stopped after step {step} of {self.recipe.steps}, and saved.") from None
+                case FinespunError():
+                    raise type(error)(f"After step {step}, which is saved: {error}") from error
+            raise
+        self.state = replace(self.state, unmeasured=None)
+        value, before = metrics.get(self._best_by), self.state.best_value
+        higher = self.evaluation is not None and self.evaluation.higher
+        if value is not None and (before is None or (value > before if higher else value < before)):
+            self.state, self.best = replace(self.state, best_step=step, best_value=value), losses
+        return metrics
+
+    def _measured(self, stopped: Callable[[], bool]) -> tuple[dict[str, Any], ExampleLosses | None]:
+        step, evaluation = self.state.step, self.evaluation
+        metrics, losses = dict(self.state.unmeasured or {}), None
+        last = step == self.recipe.steps
+        validates = len(self.validation) > 0 and (last or step % self.recipe.validate_every == 0)
+        evaluates = evaluation is not None and (last or step % evaluation.every == 0)
+        if not validates and not evaluates:
+            return metrics, None
+        with self.optimizer.evaluating():
+            if validates:
+                losses = example_losses(self.objective, self.validation, self._fitting)
+                metrics[VALIDATION_LOSS] = weighted_mean(losses)
+            if evaluation and evaluates:
+                scores = evaluation.measure(stopped)
+                shown = "  ".join(f"{name} {value:.4g}" for name, value in scores.items())
+                self.reporter.say(f"step {step}/{self.recipe.steps}  {shown}")
+                metrics |= scores
+        return metrics, losses
+
+    def save(self) -> None:
+        """Writes a checkpoint."""
+        save_checkpoint(self.checkpoints, self.state, *self.optimizer.state(), keep=self.recipe.keep_checkpoints)
 
 
 def fitting_gradients(
