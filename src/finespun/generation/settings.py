@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 from cyclopts import Parameter
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from finespun.recipe import Section
 
@@ -85,13 +85,20 @@ class Sampling(Section):
             raise ValueError(f"{' and '.join(given)} exclude each other")
         return self
 
-    @model_validator(mode="after")
-    def _search(self) -> Sampling:
-        if self.beams % self.beam_groups:
-            raise ValueError(f"{self.beams} beams cannot be shared evenly by {self.beam_groups} beam_groups")
-        if self.contrastive_alpha and self.top_k is None:
-            raise ValueError("contrastive_alpha needs top_k, the number of tokens to choose among: 4 for example")
-        return self
+    @field_validator("beam_groups")
+    @classmethod
+    def _even_groups(cls, groups: int, info: ValidationInfo) -> int:
+        beams = info.data.get("beams", groups)
+        if beams % groups:
+            raise ValueError(f"should be a number that divides the number of beams, {beams}")
+        return groups
+
+    @field_validator("contrastive_alpha")
+    @classmethod
+    def _candidates(cls, alpha: float, info: ValidationInfo) -> float:
+        if alpha and info.data.get("top_k", 1) is None:
+            raise ValueError("needs `top_k`, the number of tokens to choose among: 4 for example")
+        return alpha
 
 
 CONSTRAINTS = ("json_schema", "regex", "choices", "grammar")
