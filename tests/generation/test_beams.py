@@ -210,7 +210,7 @@ def test_groups_differ_as_much_as_they_are_told_to(tiny: LoadedModel) -> None:
     prompts = [encoder.encode_prompt(prompt) for prompt in PROMPTS]
     of_penalty = {}
     for penalty in (0.0, 100.0):
-        sampling = Sampling(beams=4, beam_groups=4, diversity_penalty=penalty, max_new_tokens=8)
+        sampling = Sampling(beams=4, beam_groups=4, diversity_penalty=penalty, max_new_tokens=8, min_new_tokens=8)
         of_penalty[penalty] = ids_of(tiny, encoder, prompts, sampling, 4)
     assert all(len({tuple(ids) for ids in texts}) == 1 for texts in of_penalty[0.0]), "all groups do the same"
     for texts in of_penalty[100.0]:
