@@ -72,6 +72,12 @@ class SlotCache:
             for x in kept:
                 x[target, :, :tokens] = x[source, :, :tokens]
 
+    def copy_tokens(self, sources: torch.Tensor, targets: torch.Tensor, positions: torch.Tensor) -> None:
+        """Single tokens: what the slots `sources` `[tokens]` have at `positions`, `targets` get there."""
+        for kept in self._layers.values():
+            for x in kept:
+                x[targets, :, positions] = x[sources, :, positions]
+
     def begin_with(self, slot: int, cache: Cache) -> None:
         """Puts what `cache` holds of one sequence at the beginning of a slot."""
         layers: list[Any] = cache.layers

@@ -23,6 +23,7 @@ from finespun.errors import DataError, GenerationError
 from finespun.generation.beams import beam_search
 from finespun.generation.cache import Part, common_beginning
 from finespun.generation.constraints import Constraint, constraint_for
+from finespun.generation.contrastive import contrastive_search
 from finespun.generation.drafting import Draft
 from finespun.generation.runner import Reading, runner_for
 from finespun.generation.sampling import Chooser, Guess, largest
@@ -117,6 +118,20 @@ class Request:
             self.on_text(piece, tuple(self.logprobs[self.unsent :]))
             self.unsent = len(self.logprobs)
 
+    def take(self, token: int) -> None:
+        """Adds `token`, which may end it."""
+        if token in self.encoder.stop_ids:
+            self.finish("stop")
+            return
+        self.new.append(token)
+        self.emit(self.stream.push(token))
+        if self.constraint:
+            self.constraint.take(token)
+        if self.stream.stopped or (self.constraint and self.constraint.must_end):
+            self.finish("stop")
+        elif len(self.new) >= self.room:
+            self.finish("length")
+
     def finish(self, reason: Literal["stop", "length"]) -> None:
         """Ends it."""
         self.emit(self.stream.rest())
@@ -124,6 +139,34 @@ class Request:
         if self.sampling.logprobs is not None:
             logprobs, mean = tuple(self.logprobs[: len(self.new)]), fmean(token.logprob for token in self.logprobs)
         self.completion = Completion(self.stream.text, reason, len(self.prompt), len(self.new), logprobs, mean)
+
+
+def new_request(
+    loaded: LoadedModel,
+    encoder: Encoder,
+    prompt: Sequence[int],
+    sampling: Sampling,
+    sample: int = 0,
+    on_text: OnText | None = None,
+    adapter: LoraAdapter | None = None,
+) -> Request:
+    """A request of which nothing is written yet. Raises as `Engine.add`."""
+    room = room_behind(prompt, sampling, loaded.context_length)
+    vocabulary = _vocabulary(loaded)
+    unknown = [token for token in sampling.logit_bias if not 0 <= token < vocabulary]
+    if unknown:
+        raise GenerationError(f"logit_bias: there is no token {unknown[0]}; ids go to {vocabulary - 1}.")
+    return Request(
+        list(prompt),
+        sampling,
+        encoder,
+        adapter,
+        Chooser(sampling, sample, encoder.stop_ids),
+        TextStream(encoder, sampling.stop),
+        constraint_for(sampling, encoder.tokenizer, encoder.stop_ids, vocabulary),
+        on_text,
+        room,
+    )
 
 
 class Engine:
@@ -148,10 +191,8 @@ class Engine:
         self._passes = 0
         self._waiting: deque[Request] = deque()
         self._each, self._models, self._capacity = slots, 1 + len(adapters), 0
-        self._vocabulary = int(loaded.causal_lm.config.get_text_config().vocab_size)
-        self._draft = Draft(draft, encoder, self._vocabulary) if draft else None
-        bytes_of_token = _bytes_of_token(loaded) + (_bytes_of_token(draft) if draft else 0)
-        self._cache_tokens = int(FOR_CACHE * memory_available(loaded.device, None) / bytes_of_token)
+        self._draft = Draft(draft, encoder, _vocabulary(loaded)) if draft else None
+        self._cache_tokens = _cache_tokens(loaded, draft)
 
     def add(
         self,
@@ -166,24 +207,9 @@ class Engine:
         of text as soon as it is certain, with the log-probabilities of its tokens if these are asked for. `adapter` is
         one of the engine's, `encoder` the one that goes with it. Raises `DataError` for a prompt that leaves no room in
         the model's context, `GenerationError` for a constraint that cannot be followed."""
-        if given := sampling.changed("beams", "best_of"):
+        if given := sampling.changed("beams", "best_of", "contrastive_alpha"):
             raise GenerationError(f"{given[0]}: is for prompts that are all there at the beginning.")
-        room = room_behind(prompt, sampling, self._loaded.context_length)
-        unknown = [token for token in sampling.logit_bias if not 0 <= token < self._vocabulary]
-        if unknown:
-            raise GenerationError(f"logit_bias: there is no token {unknown[0]}; ids go to {self._vocabulary - 1}.")
-        encoder = encoder or self._encoder
-        request = Request(
-            list(prompt),
-            sampling,
-            encoder,
-            adapter,
-            Chooser(sampling, sample, encoder.stop_ids),
-            TextStream(encoder, sampling.stop),
-            constraint_for(sampling, encoder.tokenizer, encoder.stop_ids, self._vocabulary),
-            on_text,
-            room,
-        )
+        request = new_request(self._loaded, encoder or self._encoder, prompt, sampling, sample, on_text, adapter)
         self._waiting.append(request)
         return request
 
@@ -352,7 +378,7 @@ class Engine:
                 guess = request.guesses[number] if number < len(request.guesses) else None
                 try:
                     token = chosen[number] if chosen else self._choose(request, rows[number], guess)
-                    self._take(request, token)
+                    request.take(token)
                 except GenerationError as error:  # the others go on
                     request.error = error
                     break
@@ -370,20 +396,6 @@ class Engine:
         if request.sampling.logprobs is not None:
             request.logprobs.append(_logprob(request.encoder, token, logits, request.sampling.logprobs))
         return token
-
-    def _take(self, request: Request, token: int) -> None:
-        """Adds `token` to a request, which may end it."""
-        if token in request.encoder.stop_ids:
-            request.finish("stop")
-            return
-        request.new.append(token)
-        request.emit(request.stream.push(token))
-        if request.constraint:
-            request.constraint.take(token)
-        if request.stream.stopped or (request.constraint and request.constraint.must_end):
-            request.finish("stop")
-        elif len(request.new) >= request.room:
-            request.finish("length")
 
     def _release(self, slot: int) -> None:
         request = self._slots[slot]
@@ -412,6 +424,16 @@ def _look_up(ids: list[int], most: int) -> list[Guess]:
     return []
 
 
+def _vocabulary(loaded: LoadedModel) -> int:
+    return int(loaded.causal_lm.config.get_text_config().vocab_size)
+
+
+def _cache_tokens(loaded: LoadedModel, draft: LoadedModel | None = None) -> int:
+    """Tokens whose keys and values, and those of a draft, may be held."""
+    bytes_of_token = _bytes_of_token(loaded) + (_bytes_of_token(draft) if draft else 0)
+    return int(FOR_CACHE * memory_available(loaded.device, None) / bytes_of_token)
+
+
 def _bytes_of_token(loaded: LoadedModel) -> int:
     """Bytes that the keys and values of one token take, by the model's config."""
     model = loaded.causal_lm
@@ -435,7 +457,7 @@ def generate(
     """For each prompt (token ids) `samples` continuations.
 
     `on_text(prompt, sample, text)` gets each new piece of text as soon as it is certain, `on_end` each text that has
-    ended, where they are not chosen among several; `draft` guesses tokens, where
+    ended, where they are not the best of several; `draft` guesses tokens, where
     `sampling` wants that. Raises `DataError` for a prompt that leaves no room in the model's context, `GenerationError`
     for a constraint that cannot be followed, or a draft with other tokens.
     """
@@ -444,12 +466,10 @@ def generate(
             room_behind(prompt, sampling, loaded.context_length)
         except DataError as error:
             raise DataError(f"Prompt {number}: {error}") from None
-    if sampling.beams > 1:
-        if samples > 1:
-            raise GenerationError("beams: beam search gives one text for a prompt; leave out samples.")
+    if sampling.beams > 1 or sampling.contrastive_alpha > 0:
         if draft:
-            raise GenerationError("beams: beam search follows several texts and takes no draft.")
-        return [[completion] for completion in _with_beams(loaded, encoder, prompts, sampling)]
+            raise GenerationError("draft: beam search and contrastive search follow several texts and take no draft.")
+        return _searched(loaded, encoder, prompts, sampling, samples, on_text, on_end)
     if sampling.best_of > 1:
         return _likeliest(loaded, encoder, prompts, sampling, samples, draft)
     engine = Engine(loaded, encoder, SLOTS, draft=draft)
@@ -458,7 +478,7 @@ def generate(
     # prompts of a length stand side by side, and the longest do not come last, alone
     for number in sorted(range(len(prompts)), key=lambda number: -len(prompts[number])):
         for sample in range(samples):
-            emit = _emitter(on_text, number, sample) if on_text else None
+            emit = _emitter(on_text, number, sample)
             requests[number, sample] = engine.add(prompts[number], sampling, sample, emit)
     with engine.running():
         while requests:
@@ -498,22 +518,48 @@ def _likeliest(
     return found
 
 
-def _with_beams(
-    loaded: LoadedModel, encoder: Encoder, prompts: Sequence[Sequence[int]], sampling: Sampling
-) -> list[Completion]:
-    found = []
-    for prompt, ids in zip(prompts, beam_search(loaded, encoder, prompts, sampling), strict=True):
-        stream = TextStream(encoder, sampling.stop)
-        ended = ids[-1] in encoder.stop_ids
-        new = ids[:-1] if ended else ids
-        for count, token in enumerate(new, 1):
-            stream.push(token)
-            if stream.stopped:
-                new, ended = new[:count], True
-                break
-        found.append(Completion(stream.text, "stop" if ended else "length", len(prompt), len(new)))
-    return found
+def _searched(
+    loaded: LoadedModel,
+    encoder: Encoder,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    samples: int,
+    on_text: Callable[[int, int, str], None] | None,
+    on_end: Callable[[int, int, Completion], None],
+) -> list[list[Completion]]:
+    """By beam search, of which nothing is certain before the end, or by contrastive search."""
+    requests = [
+        [
+            new_request(loaded, encoder, prompt, sampling, sample, _emitter(on_text, number, sample))
+            for sample in range(samples)
+        ]
+        for number, prompt in enumerate(prompts)
+    ]
+    if sampling.beams > 1:
+        asked = [(of_prompt[0].prompt, of_prompt[0].room) for of_prompt in requests]
+        texts = beam_search(loaded, encoder, asked, sampling, samples, _cache_tokens(loaded))
+        for number, of_prompt in enumerate(requests):
+            for sample, (request, ids) in enumerate(zip(of_prompt, texts[number], strict=True)):
+                _write(request, ids)
+                on_end(number, sample, request.result())
+    elif samples > 1:
+        raise GenerationError("contrastive_alpha: contrastive search gives one text for a prompt; leave out samples.")
+    else:
+        alone = [request for (request,) in requests]
+        contrastive_search(
+            *(loaded, alone, sampling, _cache_tokens(loaded)),
+            on_end=lambda number: on_end(number, 0, alone[number].result()),
+        )
+    return [[request.result() for request in of_prompt] for of_prompt in requests]
 
 
-def _emitter(on_text: Callable[[int, int, str], None], number: int, sample: int) -> OnText:
-    return lambda text, logprobs: on_text(number, sample, text)
+def _write(request: Request, ids: Sequence[int]) -> None:
+    for token in ids:
+        request.take(token)
+        if request.ended:
+            return
+    request.finish("length")
+
+
+def _emitter(on_text: Callable[[int, int, str], None] | None, number: int, sample: int) -> OnText | None:
+    return (lambda text, logprobs: on_text(number, sample, text)) if on_text else None

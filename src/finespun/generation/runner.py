@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from transformers import Cache, DynamicCache, PreTrainedModel
@@ -27,6 +27,15 @@ class Reading:
     part: Part
     wanted: int
     adapter: LoraAdapter | None = None
+
+
+class Copy(NamedTuple):
+    """The positions from `begin` to before `end` of slot `source`, for slot `target`."""
+
+    source: int
+    target: int
+    begin: int
+    end: int
 
 
 class Runner(Protocol):
@@ -53,8 +62,17 @@ class Runner(Protocol):
         """The first `tokens` positions of a slot become those of another; only asked of what `rewinds`."""
         ...
 
+    def copy_tokens(self, copies: Sequence[Copy]) -> None:
+        """Makes all `copies`, none of which reads what another writes; only asked of what `rewinds`."""
+        ...
+
     def logits(self, readings: Sequence[Reading]) -> list[torch.Tensor]:
         """For each reading `[wanted, vocab]`."""
+        ...
+
+    def logits_and_states(self, readings: Sequence[Reading]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """The `logits`, and for each reading the last hidden states `[tokens, dim]` of all of its tokens; only asked of
+        what `rewinds`."""
         ...
 
     def attending(self) -> AbstractContextManager[None]:
@@ -110,6 +128,16 @@ class SlotRunner:
     def copy(self, source: int, target: int, tokens: int) -> None:
         self._cache.copy(source, target, tokens)
 
+    def copy_tokens(self, copies: Sequence[Copy]) -> None:
+        device = self._model.device
+        counts = torch.tensor([copy.end - copy.begin for copy in copies], device=device)
+        sources, targets = (
+            torch.tensor(slots, device=device).repeat_interleave(counts)
+            for slots in ([copy.source for copy in copies], [copy.target for copy in copies])
+        )
+        positions = torch.cat([torch.arange(copy.begin, copy.end, device=device) for copy in copies])
+        self._cache.copy_tokens(sources, targets, positions)
+
     @contextmanager
     def attending(self) -> Generator[None]:
         if self._inside:
@@ -124,6 +152,12 @@ class SlotRunner:
                 self._inside = False
 
     def logits(self, readings: Sequence[Reading]) -> list[torch.Tensor]:
+        return self._read(readings, with_states=False)[0]
+
+    def logits_and_states(self, readings: Sequence[Reading]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        return self._read(readings, with_states=True)
+
+    def _read(self, readings: Sequence[Reading], with_states: bool) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         written = sorted((r for r in readings if len(r.part.ids) == 1), key=lambda r: r.part.slot)
         fresh = [r for r in readings if len(r.part.ids) > 1 and r.part.begin == 0]
         read = [r for r in readings if len(r.part.ids) > 1 and r.part.begin > 0]
@@ -139,10 +173,13 @@ class SlotRunner:
             step=step,
             use_cache=False,
             logits_to_keep=torch.tensor(wanted, dtype=torch.long, device=step.ids.device),
+            output_hidden_states=with_states,
         )
-        rows = output.logits[0].split([r.wanted for r in ordered])
-        found = {id(reading): logits for reading, logits in zip(ordered, rows, strict=True)}
-        return [found[id(reading)] for reading in readings]
+        place = {id(reading): number for number, reading in enumerate(ordered)}
+        order = [place[id(reading)] for reading in readings]
+        logits = output.logits[0].split([r.wanted for r in ordered])
+        states = output.hidden_states[-1][0].split([len(r.part.ids) for r in ordered]) if with_states else ()
+        return [logits[number] for number in order], [states[number] for number in order if with_states]
 
 
 def _tokens_of_adapters(readings: Sequence[Reading], device: torch.device) -> dict[LoraAdapter, torch.Tensor | None]:
@@ -184,6 +221,12 @@ class SingleRunner:
 
     def copy(self, source: int, target: int, tokens: int) -> None:
         raise NotImplementedError("a cache of transformers may have forgotten its beginning")
+
+    def copy_tokens(self, copies: Sequence[Copy]) -> None:
+        raise NotImplementedError("a cache of transformers may have forgotten its beginning")
+
+    def logits_and_states(self, readings: Sequence[Reading]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        raise NotImplementedError("models without slots are not asked for these")
 
     def attending(self) -> AbstractContextManager[None]:
         return nullcontext()

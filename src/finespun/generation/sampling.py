@@ -73,14 +73,14 @@ class Chooser:
         self, prompt: Sequence[int], new: Sequence[int], logits: torch.Tensor, allowed: torch.Tensor | None = None
     ) -> int:
         """The next token after `prompt` and `new`, given its `logits` `[vocab]`, among those `allowed` `[vocab]`."""
-        scores = self._scores(prompt, new, logits, allowed)
+        scores = self.scores(prompt, new, logits, allowed)
         if self.greedy:
             return largest(scores[None])[0]
         return self._draw(scores.softmax(-1))
 
     def propose(self, prompt: Sequence[int], new: Sequence[int], logits: torch.Tensor) -> Guess:
         """A guess by the `logits` of another model, chosen as this chooses tokens."""
-        scores = self._scores(prompt, new, logits, None)
+        scores = self.scores(prompt, new, logits, None)
         if self.greedy:
             return Guess(largest(scores[None])[0])
         odds = scores.softmax(-1)
@@ -90,7 +90,7 @@ class Chooser:
         """The next token where a guess x has been made with odds q: with probability min(1, p(x) / q(x)) that one, else
         one drawn from max(0, p - q); together the model's own distribution p (Leviathan et al. 2023,
         arXiv:2211.17192)."""
-        scores = self._scores(prompt, new, logits, None)
+        scores = self.scores(prompt, new, logits, None)
         if self.greedy:
             return largest(scores[None])[0]
         token, odds = guess
@@ -105,9 +105,10 @@ class Chooser:
     def _draw(self, probabilities: torch.Tensor) -> int:
         return int(torch.multinomial(probabilities, 1, generator=self._generator))
 
-    def _scores(
-        self, prompt: Sequence[int], new: Sequence[int], logits: torch.Tensor, allowed: torch.Tensor | None
+    def scores(
+        self, prompt: Sequence[int], new: Sequence[int], logits: torch.Tensor, allowed: torch.Tensor | None = None
     ) -> torch.Tensor:
+        """`logits` `[vocab]` as the settings change them, -inf for what is not to be chosen."""
         settings = self._sampling
         scores = logits.float().cpu().clone()
         if self._penalties:

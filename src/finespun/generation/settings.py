@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 from cyclopts import Parameter
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from finespun.recipe import Section
 
@@ -55,8 +55,17 @@ class Sampling(Section):
     """So many are sampled for each that is given: the one whose tokens are likeliest on average."""
     beams: Annotated[int, Field(ge=1)] = 1
     """Above 1, beam search: so many beginnings are followed at once, and the likeliest whole text is given."""
-    length_penalty: Annotated[float, Field(allow_inf_nan=False)] = 1.0
+    length_penalty: Annotated[float, Field(ge=-10, le=10)] = 1.0
     """Beams are compared by log-probability / length ** this: above 0, longer texts are preferred."""
+    beam_groups: Annotated[int, Field(ge=1)] = 1
+    """Above 1, the beams are searched in so many groups, each of which avoids the tokens that the groups before it have
+    just taken: diverse beam search (Vijayakumar et al. 2016)."""
+    diversity_penalty: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.5
+    """Taken from the log-probability of a token for each beam of earlier groups that has it in the same place; only
+    with `beam_groups`."""
+    contrastive_alpha: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Above 0, contrastive search (Su et al. 2022): of the `top_k` most likely tokens the one that is best by
+    (1 - this) * probability - this * likeness to what is there already, by the cosine of the last hidden states."""
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     """Gives the log-probability of each token, and of so many of the likeliest ones in its place."""
     draft_tokens: Annotated[int, Field(ge=0)] = 0
@@ -75,6 +84,21 @@ class Sampling(Section):
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} exclude each other")
         return self
+
+    @field_validator("beam_groups")
+    @classmethod
+    def _even_groups(cls, groups: int, info: ValidationInfo) -> int:
+        beams = info.data.get("beams", groups)
+        if beams % groups:
+            raise ValueError(f"should be a number that divides the number of beams, {beams}")
+        return groups
+
+    @field_validator("contrastive_alpha")
+    @classmethod
+    def _candidates(cls, alpha: float, info: ValidationInfo) -> float:
+        if alpha and info.data.get("top_k", 1) is None:
+            raise ValueError("needs `top_k`, the number of tokens to choose among: 4 for example")
+        return alpha
 
 
 CONSTRAINTS = ("json_schema", "regex", "choices", "grammar")
