@@ -199,8 +199,9 @@ def test_an_evaluation_leaves_model_and_random_numbers_as_they_were(
         {"precision": "bfloat16"},
         {"method": "lora"},
         {"method": "prompt-tuning"},
+        {"optimizer": "schedule-free-adamw", "precision": "bfloat16"},
     ],
-    ids=["full", "bfloat16", "lora", "prompt"],
+    ids=["full", "bfloat16", "lora", "prompt", "schedule-free"],
 )
 def test_a_training_is_the_same_with_and_without(recipe: Callable[..., Recipe], options: dict[str, Any]) -> None:
     finetuning.finetune(recipe("without", {}, **options), reporter=QUIET)

@@ -341,6 +341,23 @@ def test_browser_draws_charts(make_run: RunMaker, tmp_path: Path, steps: int, re
     assert "CONSOLE" not in log, log
 
 
+def test_metrics_during_training_are_drawn_and_tabled(make_run: RunMaker, tmp_path: Path) -> None:
+    names = ["chrF++", f"own:{BREAKOUT}"]
+    evaluation = {"every": 20, "examples": 64, "metrics": names, "best_by": "chrF++"}
+    folder = make_run(results=RESULTS | {"best_by": "chrF++"}, manifest={"recipe": {"evaluation": evaluation}})
+    last = folder.metrics()[-1]
+    folder.append_metrics(last | {"step": 121, "chrF++": 31.25, names[1]: 7.5})
+    folder.append_metrics(last | {"step": 122, "chrF++": 30.5})  # of a recipe that was changed on the way
+    write_report(folder)
+    source, page = read(folder)
+    assert "the one with the best chrF++, of step 90 (dashed line), was kept" in page.text
+    assert all(figure in page.text for figure in ("31.25", "7.5", "30.5", "–"))
+    assert BREAKOUT not in source
+    dom, log = browse(folder.report, tmp_path / "profile", "--window-size=390,800")
+    assert dom.count("<canvas") == 5
+    assert "CONSOLE" not in log, log
+
+
 def test_the_page_of_a_check_is_drawn_and_texts_cannot_inject(tmp_path: Path) -> None:
     items = [{"prompt": f"{number} {BREAKOUT}", "completion": f"{ALERT} {number}"} for number in range(40)]
     recipe = DataRecipe(validation=0.1, on_bad_row="skip")

@@ -35,6 +35,7 @@ def _view(folder: RunFolder) -> dict[str, Any]:
     """What the template shows, by name."""
     manifest, metrics = folder.manifest(), folder.metrics()
     data, results = manifest["data"], manifest.get("results")
+    evaluated = manifest.get("recipe", {}).get("evaluation", {}).get("metrics", [])
     return {
         "name": folder.path.absolute().name,
         "started": date(datetime.fromisoformat(manifest["started"])) if manifest.get("started") else None,
@@ -49,7 +50,9 @@ def _view(folder: RunFolder) -> dict[str, Any]:
             sum(line["tokens"] / line["tokens_per_second"] for line in metrics if line["tokens_per_second"])
         ),
         "points": _validation_points(metrics, results),
-        "charts": _charts(metrics, results),
+        "evaluated": evaluated,
+        "evaluations": [line for line in metrics if evaluated and evaluated[0] in line],
+        "charts": _charts(metrics, results, evaluated),
         "samples": [_sample(sample) for sample in folder.samples()],
         "length_limit": _length_limit(data),
         "bars": bars(**data["length_histogram"], median=data["length_median"], unit=" tokens"),
@@ -79,12 +82,19 @@ def _signed(value: float) -> str:
     return ("+" if value > 0 else "−" if value < 0 else "") + percent(abs(value))
 
 
-def _charts(metrics: Sequence[Mapping[str, Any]], results: Mapping[str, Any] | None) -> dict[str, Any]:
+def _charts(
+    metrics: Sequence[Mapping[str, Any]], results: Mapping[str, Any] | None, evaluated: Sequence[str]
+) -> dict[str, Any]:
     """The columns that the page draws; the untrained model's validation loss, where known, is step 0."""
     rows = [_step_zero(results), *metrics] if results else metrics
     keys = ("step", "epoch", "loss", "validation_loss", "learning_rate", "tokens_per_second")
     columns = {key: [_plottable(row.get(key)) for row in rows] for key in keys}
-    return {"columns": columns, "best_step": results["best_step"] if results else None}
+    return {
+        "columns": columns,
+        "evaluations": [[_plottable(row.get(name)) for row in rows] for name in evaluated],
+        "names": evaluated,
+        "best_step": results["best_step"] if results else None,
+    }
 
 
 def _validation_points(metrics: Iterable[Mapping[str, Any]], results: Mapping[str, Any] | None) -> list[dict[str, Any]]:

@@ -99,11 +99,14 @@ class MasterOptimizer:
     @contextmanager
     def evaluating(self) -> Generator[None]:
         """Inside, the model has the weights that the run is judged by: their average, where one is kept."""
+        # the schedule-free average is computed from the weights in place, and back again only up to rounding
+        inexact = self.masters if self._kind == "schedule-free-adamw" else {}
+        before = {name: master.detach().clone() for name, master in inexact.items()}
         self._swap(True)
         try:
             yield
         finally:
-            self._swap(False)
+            self._swap(False, before)
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """`(weights, moments)`: the masters by name, and by `name/key` all that the optimizer remembers."""
@@ -189,11 +192,13 @@ class MasterOptimizer:
         return torch.compiler.set_stance("force_eager") if eager else nullcontext()
 
     @torch.no_grad()
-    def _swap(self, averaged: bool) -> None:
+    def _swap(self, averaged: bool, before: Mapping[str, torch.Tensor] | None = None) -> None:
         if self._kind == "schedule-free-adamw":
             for optimizer in self._optimizers():
                 switch: Any = optimizer
                 switch.eval() if averaged else switch.train()
+        for name, weights in (before or {}).items():
+            self.masters[name].copy_(weights)
         for name, average in self._averages.items():
             weights = self.masters[name].detach().clone()
             self.masters[name].copy_(average)

@@ -254,7 +254,9 @@ class _MLflow:
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         now = round(time.time() * 1000)
-        self._client.log_batch(self._id, [self._metric(key, value, now, step) for key, value in metrics.items()])
+        # MLflow takes no + in a name, and of other signs only these
+        named = {re.sub(r"[^/\w.\- ]", "_", key.replace("+", "plus")): value for key, value in metrics.items()}
+        self._client.log_batch(self._id, [self._metric(key, value, now, step) for key, value in named.items()])
 
     def close(self, end: End) -> None:
         status = {"finished": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}[end]
