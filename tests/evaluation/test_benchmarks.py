@@ -198,6 +198,8 @@ def samples_of(folder: Path, task: str) -> list[dict[str, Any]]:
 
 def close(ours: Any, theirs: Any) -> bool:
     if isinstance(theirs, float):
+        if theirs > 1e6:  # the perplexity of long words is the exponential of what float32 has computed
+            ours, theirs = math.log(ours), math.log(theirs)
         return math.isclose(ours, theirs, rel_tol=2e-5, abs_tol=1e-6)
     if isinstance(theirs, list | tuple):
         return len(ours) == len(theirs) and all(map(close, ours, theirs))
@@ -350,7 +352,7 @@ def run(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = folder / "run"
     finespun.finetune(
         model=str(tiny_folder),
-        data={"source": [str(data)], "validation": 0.1},
+        data={"source": [str(data)], "validation": 0.0},
         out=str(out),
         max_steps=60,
         batch_size=12,
