@@ -124,25 +124,22 @@ class _Group:
         count = self._size * (1 + max(1, len(self._stop_ids)))
         scores, places = totals.flatten().topk(min(count, totals.numel()))
         length = len(self.beams[0].ids) + 1
-        norm = length**self._length_penalty
+        norm, last = length**self._length_penalty, length == self._room
         beams: list[_Beam] = []
         following: list[Next] = []
         for rank, (score, place) in enumerate(zip(scores.tolist(), places.tolist(), strict=True)):
             number, token = divmod(place, vocabulary)
-            ids = [*self.beams[number].ids, token]
-            if token in self._stop_ids or length == self._room:
-                if rank < self._size:
-                    self.finished.append((score / norm, ids))
-            elif len(beams) < self._size:
+            ids, ends = [*self.beams[number].ids, token], token in self._stop_ids
+            if (ends or last) and rank < self._size:
+                self.finished.append((score / norm, ids))
+            if not ends and len(beams) < self._size:
                 beams.append(_Beam(branch + len(beams), ids, score))
                 following.append(Next(self.beams[number].branch, token))
         self.finished = sorted(self.finished, key=lambda text: -text[0])[: self._size]
         full = len(self.finished) == self._size
         self.beams = beams
-        self.ended = not beams or (full and beams[0].score / norm <= self.finished[-1][0])
-        if self.ended:
-            self.beams = []
-        return following if self.beams else []
+        self.ended = last or not beams or (full and beams[0].score / norm <= self.finished[-1][0])
+        return [] if self.ended else following
 
 
 def _processors(sampling: Sampling, prompt: int, stop_ids: Sequence[int], device: torch.device) -> LogitsProcessorList:
