@@ -354,7 +354,7 @@ def run(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         model=str(tiny_folder),
         data={"source": [str(data)], "validation": 0.0},
         out=str(out),
-        max_steps=60,
+        epochs=60,
         batch_size=12,
         learning_rate=1e-2,
         samples={"count": 0},
