@@ -25,7 +25,16 @@ from finespun.models.catalog import weights_sha256
 from finespun.models.load import base_of, load_model, locate_model, read_origin
 from finespun.serving.worker import Accepted, BackendFailed, Event, Piece
 
-UNKNOWN = ("beams", "best_of", "choices", "grammar", "min_new_tokens", "no_repeat_ngram_size", "regex")
+UNKNOWN = (
+    "beams",
+    "best_of",
+    "choices",
+    "contrastive_alpha",
+    "grammar",
+    "min_new_tokens",
+    "no_repeat_ngram_size",
+    "regex",
+)
 """Settings that this backend does not pass on."""
 
 SEEDS = 1 << 32

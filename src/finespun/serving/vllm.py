@@ -41,7 +41,7 @@ from finespun.serving.worker import Accepted, BackendFailed, Event, Piece
 
 log = logging.getLogger("finespun.serving")
 
-UNKNOWN = ("beams", "best_of", "no_repeat_ngram_size", "typical_p")
+UNKNOWN = ("beams", "best_of", "contrastive_alpha", "no_repeat_ngram_size", "typical_p")
 """Settings that vLLM does not have, or not for texts that are streamed."""
 
 SEEDS = 1 << 32
