@@ -44,7 +44,9 @@ def with_ends(tokenizer: Any, count: int) -> Encoder:
 def ids_of(loaded: LoadedModel, encoder: Encoder, prompts: Sequence[Sequence[int]], sampling: Sampling, count: int = 1):
     """The ids of the `count` best continuations of each prompt, an end with them."""
     asked = [(prompt, min(sampling.max_new_tokens, loaded.context_length - len(prompt))) for prompt in prompts]
-    return beam_search(loaded, encoder, asked, sampling, count, cache_tokens=10**6)
+    found: dict[int, list[list[int]]] = {}
+    beam_search(loaded, encoder, asked, sampling, count, cache_tokens=10**6, on_end=found.__setitem__)
+    return [found[number] for number in range(len(prompts))]
 
 
 def transformers_beams(

@@ -4,7 +4,7 @@ that have no slots to copy."""
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,25 +37,32 @@ def beam_search(
     sampling: Sampling,
     samples: int,
     cache_tokens: int,
-) -> list[list[list[int]]]:
-    """The ids of the `samples` best continuations of each of `prompts`, which come with the number of tokens that may
-    follow; an end-of-text token with them if there is one. Raises `GenerationError` for a setting that beam search does
-    not know, for more samples than beams, or for groups with a model that has no slots to copy."""
+    on_end: Callable[[int, list[list[int]]], None],
+) -> None:
+    """Hands to `on_end`, as each ends, the number of each of `prompts` with the ids of its `samples` best texts, an
+    end-of-text token with them if there is one. Prompts come with the number of tokens that may follow. Raises
+    `GenerationError` for a setting that beam search does not know, for more samples than beams, or for groups with a
+    model that has no slots to copy."""
     if given := sampling.changed(*UNKNOWN):
         raise GenerationError(f"beams: beam search takes the likeliest texts and does not know {', '.join(given)}.")
     if samples > sampling.beams:
         raise GenerationError(f"beams: {sampling.beams} beams end in as many texts, not in {samples} samples.")
     runner = runner_for(loaded)
     if runner.rewinds:
-        searches = [_BeamSearch(prompt, room, sampling, encoder.stop_ids, loaded.device) for prompt, room in prompts]
-        follow(runner, searches, sampling.beams, cache_tokens)
-        return [search.best(samples) for search in searches]
+        searches = [
+            _BeamSearch(
+                *(prompt, room, sampling, encoder.stop_ids, loaded.device),
+                on_end=lambda texts, number=number: on_end(number, texts[:samples]),
+            )
+            for number, (prompt, room) in enumerate(prompts)
+        ]
+        return follow(runner, searches, sampling.beams, cache_tokens)
     if sampling.beam_groups > 1:
         raise GenerationError(
             f"beam_groups: {loaded.base_name} cannot take back what it has read. Choose another model, or leave out "
             "beam_groups."
         )
-    return _by_transformers(loaded, encoder, prompts, sampling, samples)
+    return _by_transformers(loaded, encoder, prompts, sampling, samples, on_end)
 
 
 @dataclass(frozen=True)
@@ -73,9 +80,15 @@ class _BeamSearch:
     algorithm 1 with Hamming diversity); plain beam search is one group."""
 
     def __init__(
-        self, prompt: Sequence[int], room: int, sampling: Sampling, stop_ids: Sequence[int], device: torch.device
+        self,
+        prompt: Sequence[int],
+        room: int,
+        sampling: Sampling,
+        stop_ids: Sequence[int],
+        device: torch.device,
+        on_end: Callable[[list[list[int]]], None],
     ) -> None:
-        self.prompt, self.room = prompt, room
+        self.prompt, self.room, self._on_end = prompt, room, on_end
         self._diversity_penalty = sampling.diversity_penalty
         self._processors = _processors(sampling, len(prompt), stop_ids, device)
         size = sampling.beams // sampling.beam_groups
@@ -97,12 +110,10 @@ class _BeamSearch:
                 scores = self._processors(ids, scores)
             following += group.advance(scores, len(following))
             taken.update(beam.ids[-1] for beam in group.beams)
+        if not following:
+            finished = [text for group in self._groups for text in group.finished]
+            self._on_end([ids for _, ids in sorted(finished, key=lambda text: -text[0])])
         return following
-
-    def best(self, count: int) -> list[list[int]]:
-        """The best continuations of all groups, the best first."""
-        finished = [text for group in self._groups for text in group.finished]
-        return [ids for _, ids in sorted(finished, key=lambda text: -text[0])[:count]]
 
 
 class _Group:
@@ -162,11 +173,11 @@ def _by_transformers(
     prompts: Sequence[tuple[Sequence[int], int]],
     sampling: Sampling,
     samples: int,
-) -> list[list[list[int]]]:
+    on_end: Callable[[int, list[list[int]]], None],
+) -> None:
     """Prompts are filled up on the left."""
     size = max(1, SLOTS // sampling.beams)
     order = sorted(range(len(prompts)), key=lambda number: -len(prompts[number][0]))
-    found: dict[int, list[list[int]]] = {}
     for first in range(0, len(order), size):
         batch = order[first : first + size]
         width = max(len(prompts[number][0]) for number in batch)
@@ -184,8 +195,7 @@ def _by_transformers(
             **_options(sampling),
         )
         for number, rows in zip(batch, made[:, width:].view(len(batch), samples, -1).tolist(), strict=True):
-            found[number] = [_to_its_end(row, encoder.stop_ids) for row in rows]
-    return [found[number] for number in range(len(prompts))]
+            on_end(number, [_to_its_end(row, encoder.stop_ids) for row in rows])
 
 
 def _to_its_end(row: list[int], stop_ids: Sequence[int]) -> list[int]:

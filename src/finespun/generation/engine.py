@@ -536,12 +536,14 @@ def _searched(
         for number, prompt in enumerate(prompts)
     ]
     if sampling.beams > 1:
-        asked = [(of_prompt[0].prompt, of_prompt[0].room) for of_prompt in requests]
-        texts = beam_search(loaded, encoder, asked, sampling, samples, _cache_tokens(loaded))
-        for number, of_prompt in enumerate(requests):
-            for sample, (request, ids) in enumerate(zip(of_prompt, texts[number], strict=True)):
+
+        def write(number: int, texts: Sequence[Sequence[int]]) -> None:
+            for sample, (request, ids) in enumerate(zip(requests[number], texts, strict=True)):
                 _write(request, ids)
                 on_end(number, sample, request.result())
+
+        asked = [(of_prompt[0].prompt, of_prompt[0].room) for of_prompt in requests]
+        beam_search(loaded, encoder, asked, sampling, samples, _cache_tokens(loaded), write)
     elif samples > 1:
         raise GenerationError("contrastive_alpha: contrastive search gives one text for a prompt; leave out samples.")
     else:
