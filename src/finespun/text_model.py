@@ -79,10 +79,12 @@ class TextModel:
         samples: int = 1,
         on_text: Callable[[int, int, str], None] | None = None,
         draft: TextModel | str | Path | None = None,
+        on_end: Callable[[int, int, Completion], None] = lambda prompt, sample, completion: None,
         **sampling: Any,
     ) -> list[list[Completion]]:
         """`samples` continuations of each prompt, with the reason why each ended and its counts of tokens.
-        `on_text(prompt, sample, text)` gets each new piece of text as it is written. `draft`, a smaller model with the
+        `on_text(prompt, sample, text)` gets each new piece of text as it is written, `on_end` each continuation that
+        has ended, in whichever order, where it is not the best of several. `draft`, a smaller model with the
         same tokens, guesses `draft_tokens` at once, which makes a large one faster and changes nothing of what it
         writes; `GenerationError` for one with other tokens."""
         if draft is not None:
@@ -96,9 +98,8 @@ class TextModel:
         encoded = [self.encoder.encode_prompt(prompt) for prompt in prompts]
         if isinstance(draft, str | Path):
             draft = TextModel.load(draft)
-        return generate(
-            self._loaded, self.encoder, encoded, settings, samples, on_text, draft._loaded if draft else None
-        )
+        small = draft._loaded if draft else None
+        return generate(self._loaded, self.encoder, encoded, settings, samples, on_text, small, on_end)
 
     def finetune(self, data: str | Path | Items | Mapping[str, Any], quiet: bool = False, **keywords: Any) -> TextModel:
         """Trains this model on `data`: a file or folder, a list of texts or of dicts, or the keys of the recipe's

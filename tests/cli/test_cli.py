@@ -14,6 +14,7 @@ import pytest
 import finespun
 from conftest import sentences
 from finespun.cli import main
+from finespun.generation.engine import SLOTS, Engine
 from finespun.runs import RunFolder
 
 
@@ -62,6 +63,34 @@ def test_piped_output_is_one_json_object_a_text(
     assert len(lines) == 6
     for line in lines:
         assert line.keys() == {"prompt", "text", "finish_reason", "prompt_tokens", "completion_tokens"}
+
+
+def test_what_is_written_before_an_interruption_is_not_lost(
+    tiny_folder: Path, in_tmp: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = [f"the old mill {'by the river ' * (number % 3)}{number}" for number in range(SLOTS + 20)]
+    Path("prompts.txt").write_text("\n".join(prompts), encoding="utf-8")
+    step, passes = Engine.step, 0
+
+    def interrupted(self: Engine) -> bool:
+        nonlocal passes
+        passes += 1
+        if passes == 12:  # the first have ended, those that waited for a slot have not
+            raise KeyboardInterrupt
+        return step(self)
+
+    command = ["generate", str(tiny_folder), "--prompts-file", "prompts.txt", "--max-new-tokens", "6"]
+    main(command)
+    everything = capsys.readouterr().out.splitlines()
+    assert [json.loads(line)["prompt"] for line in everything] == prompts
+    monkeypatch.setattr(Engine, "step", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        main(command)
+    assert ended.value.code == 130
+    printed = capsys.readouterr().out.splitlines()
+    assert 0 < len(printed) < len(prompts)
+    assert set(printed) <= set(everything)
+    assert len(set(printed)) == len(printed)
 
 
 def test_a_terminal_gets_the_text_alone(tiny_folder: Path, tmp_path: Path) -> None:

@@ -45,7 +45,8 @@ class Reporter:
             yield line
             return
         columns = (TextColumn(doing), BarColumn(), MofNCompleteColumn(), TextColumn(what), TimeRemainingColumn())
-        with Progress(*columns, console=self._console, transient=True) as bar:
+        # what a command prints goes to stdout all the same
+        with Progress(*columns, console=self._console, transient=True, redirect_stdout=False) as bar:
             task = bar.add_task(doing)
             yield lambda done, of: bar.update(task, completed=done, total=of)
 
