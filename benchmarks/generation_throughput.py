@@ -1,7 +1,8 @@
-"""Generation speed beside its peers: same model, same prompts, greedy, one after another in processes of their own.
+"""Generation speed beside its peers: same model, same prompts, greedy or by beams, one after another in processes of
+their own.
 
     python benchmarks/generation_throughput.py --data test.jsonl [--model smollm2-135m] [--prompts 200] [--new-tokens 64]
-        [--at-once N] [--contestants "finespun" "transformers, 16" …] [--repeat 1]
+        [--at-once N] [--beams N] [--contestants "finespun" "transformers, 16" …] [--repeat 1]
 
 `--data` is a JSONL file with `prompt`; prompts are drawn at random, and given all at once or, with `--at-once`, N at a
 time. Contestants:
@@ -59,7 +60,7 @@ def one(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     model, new = loaded.causal_lm, arguments.new_tokens
 
     def ours(part: list[list[int]]) -> list[tuple[str, int]]:
-        found = generate(loaded, encoder, part, Sampling(max_new_tokens=new))
+        found = generate(loaded, encoder, part, Sampling(max_new_tokens=new, beams=arguments.beams))
         return [(completion.text, completion.completion_tokens) for (completion,) in found]
 
     @torch.inference_mode()
@@ -77,6 +78,7 @@ def one(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
                 attention_mask=mask.to(model.device),
                 max_new_tokens=new,
                 do_sample=False,
+                num_beams=arguments.beams,
                 eos_token_id=stop,
                 pad_token_id=stop[0],
             )
@@ -146,6 +148,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--at-once", type=int)
+    parser.add_argument("--beams", type=int, default=1)
     parser.add_argument("--repeat", type=int, default=1)
     parser.add_argument("--contestants", nargs="+", default=["finespun", *(f"transformers, {n}" for n in (16, 32, 64))])
     parser.add_argument("--one", help=argparse.SUPPRESS)
@@ -167,6 +170,7 @@ def main() -> None:
 def report(results: dict[str, list[dict[str, Any]]], arguments: argparse.Namespace) -> None:
     ours = results["finespun"]
     together = f", {arguments.at_once} at once" if arguments.at_once else ""
+    together += f", {arguments.beams} beams" if arguments.beams > 1 else ""
     print(f"\n{arguments.model}, {arguments.prompts} prompts of {arguments.data.name}{together}\n")
     print("| | precision | tokens/s, median (all) | finespun is faster by | same | peak MB |")
     print("| --- | --- | --- | --- | --- | --- |")
