@@ -1,0 +1,172 @@
+"""What webnlg.py, multi30k.py, dialogsum.py and tang.py share: train by a recipe, write the answers to a test set,
+score them, and do the same with TRL for as many minutes.
+
+Whatever is interrupted goes on with the same command: training from its newest checkpoint, writing from the last text.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finespun.evaluation.comparison import interval
+from finespun.evaluation.evaluate import evaluate
+from finespun.evaluation.metrics import metrics_for
+from finespun.evaluation.metrics.base import Metric
+from finespun.evaluation.outputs import Output, read_outputs
+from finespun.evaluation.settings import EvaluationData, EvaluationSettings
+from finespun.generation.settings import Sampling
+from finespun.runs import RunFolder
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+TRL_SPEED_STEPS = 12
+
+
+def train(recipe: Path, out: Path, *options: str) -> Path:
+    """The run in `out`: begun by `recipe` with `options`, gone on with, or finished already."""
+    run = RunFolder(out)
+    if run.recipe_file.is_file() and "results" in run.manifest():
+        return out
+    words = ["--resume", str(out)] if run.recipe_file.is_file() else [str(recipe), "--out", str(out), *options]
+    subprocess.run([sys.executable, "-m", "finespun", "train", *words], check=True)
+    return out
+
+
+def minutes_of_training(run: Path) -> float:
+    """What the steps took, by metrics.jsonl, without what lies between them."""
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    steps = [json.loads(line) for line in lines]
+    return sum(step["tokens"] / step["tokens_per_second"] for step in steps if "tokens_per_second" in step) / 60
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a model wrote for a test set, and in how many minutes; few where it was there already."""
+
+    outputs: list[Output]
+    minutes: float
+
+
+def write(model: Path, test: Path, name: str, sampling: Sampling, like: Path | None = None) -> Written:
+    """What the model in `model` writes for the examples of `test`. Where it is no run, it is prompted as the run `like`
+    was."""
+    data = EvaluationData(source=[str(test)])
+    out = None
+    if like is not None:
+        data.template = RunFolder(like).recipe().data.template
+        out = model / "evaluations" / name
+    settings = EvaluationSettings(metrics=["length"], likelihood="off")
+    started = time.perf_counter()
+    folder = evaluate(model, data, settings, sampling, name=None if out else name, out=out)
+    return Written(read_outputs(folder / "outputs.jsonl"), (time.perf_counter() - started) / 60)
+
+
+def scores(outputs: Sequence[Output], metrics: Sequence[Metric]) -> dict[str, str]:
+    """Each metric with its 95 % interval; what it was measured with goes to stderr."""
+    found = {}
+    for metric in metrics:
+        told = interval(metric.measure(outputs), examples=len(outputs))
+        found[metric.name] = f"{told.value:.2f} [{told.low:.2f}, {told.high:.2f}]"
+        print(f"  {metric.name}: {found[metric.name]}  ({metric.signature})", file=sys.stderr)
+    return found
+
+
+def named(metrics: Sequence[str], language: str) -> list[Metric]:
+    return metrics_for(language, metrics, has_references=True)
+
+
+def print_table(columns: Mapping[str, Mapping[str, str]]) -> None:
+    """`columns` of the same rows, by name, as Markdown."""
+    print("\n| | " + " | ".join(columns) + " |\n| --- |" + " --- |" * len(columns))
+    for row in next(iter(columns.values())):
+        print(f"| {row} | " + " | ".join(column[row] for column in columns.values()) + " |")
+
+
+def rows_of(outputs: Sequence[Output], test: Path) -> list[dict[str, Any]]:
+    """The row of `test` that each output is an answer to."""
+    with test.open(encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    return [rows[int(output.origin.rsplit("row ", 1)[1]) - 1] for output in outputs]
+
+
+def beside_trl(recipe: Path, data: Path, dev: Path, out: Path, minutes: float, metrics: Sequence[Metric]) -> None:
+    """The recipe and TRL, `minutes` of training each, both scored on `dev`, greedily."""
+    sampling = Sampling(max_new_tokens=160)
+    source = ("--data.source", str(data))
+    ours = train(recipe, out / "finespun", *source, "--training.max-minutes", str(minutes))
+    theirs = out / "trl"
+    if not (theirs / "config.json").is_file():
+        train_with_trl(data, theirs, minutes, ours)
+    print_table(
+        {
+            f"finespun, {minutes_of_training(ours):.0f} min": scores(
+                write(ours, dev, "dev", sampling).outputs, metrics
+            ),
+            f"TRL, {minutes:.0f} min": scores(write(theirs, dev, "dev", sampling, like=ours).outputs, metrics),
+        }
+    )
+
+
+def train_with_trl(data: Path, out: Path, minutes: float, like: Path) -> None:
+    """TRL's `SFTTrainer` in bfloat16, packed, on the prompts and completions that the run `like` was trained on, for as
+    many minutes: a few steps say how many fit, then it takes those. The rate is ten times its default of 2e-5, since
+    that is for models of billions of parameters, and falls along a cosine as ours does."""
+    import jinja2
+    import torch
+    from datasets import Dataset
+    from transformers import TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    from finespun.models.load import load_model
+
+    template = RunFolder(like).recipe().data.template
+    assert template is not None  # the recipes of these tables have one
+    parts = template.model_dump(exclude_none=True)
+    filled = {part: jinja2.Template(source, keep_trailing_newline=True) for part, source in parts.items()}
+    with data.open(encoding="utf-8") as file:
+        rows = [{part: piece.render(json.loads(line)) for part, piece in filled.items()} for line in file]
+
+    class Clock(TrainerCallback):
+        def __init__(self) -> None:
+            self.ends: list[float] = []
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            self.ends.append(time.perf_counter())
+
+    def run(steps: int, clock: Clock) -> Any:
+        loaded = load_model("smollm2-135m", "float32")
+        trainer = SFTTrainer(
+            model=loaded.causal_lm.to(torch.bfloat16),
+            processing_class=loaded.tokenizer,
+            train_dataset=Dataset.from_list(rows),
+            args=SFTConfig(
+                output_dir=str(out / "trainer"),
+                max_steps=steps,
+                per_device_train_batch_size=1,
+                learning_rate=2e-4,
+                lr_scheduler_type="cosine",
+                warmup_ratio=0.05,
+                max_length=1024,
+                packing=True,
+                bf16=True,
+                report_to="none",
+                save_strategy="no",
+                use_cpu=not torch.cuda.is_available(),
+            ),
+            callbacks=[clock],
+        )
+        trainer.train()
+        return trainer
+
+    trial = Clock()
+    run(TRL_SPEED_STEPS, trial)
+    seconds = (trial.ends[-1] - trial.ends[0]) / (len(trial.ends) - 1)
+    trainer = run(max(1, int(minutes * 60 / seconds)), Clock())
+    trainer.save_model(str(out))
+    trainer.processing_class.save_pretrained(str(out))
