@@ -10,12 +10,10 @@ three references, or their mean. "copied" is the share of a summary's 4-grams th
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
-from tables import RECIPES, minutes_of_training, named, print_table, scores, train
+from tables import minutes_of_training, named, parser_of, print_table, scores, train
 
 from finespun.data.quality import units
 from finespun.evaluation.comparison import interval
@@ -49,10 +47,7 @@ def copied(outputs: Sequence[Output]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--out", type=Path, default=Path("runs/dialogsum"))
-    parser.add_argument("--recipe", type=Path, default=RECIPES / "dialogsum.yaml")
+    parser = parser_of(__doc__, "dialogsum")
     parser.add_argument("--judged", type=int, default=60)
     arguments = parser.parse_args()
     run = train(arguments.recipe, arguments.out, "--data.source", str(arguments.data / "train_small.jsonl"))

@@ -10,10 +10,7 @@ DIR has train.en-de.jsonl (`prompt`, `completion`), dev.en-de.jsonl and test.en-
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
-
-from tables import RECIPES, beside_trl, minutes_of_training, named, print_table, scores, train, write
+from tables import add_decoding, beside_trl, minutes_of_training, named, parser_of, print_table, scores, train, write
 
 from finespun.generation.settings import Sampling
 
@@ -21,13 +18,8 @@ METRICS = ("BLEU", "chrF++")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--out", type=Path, default=Path("runs/multi30k"))
-    parser.add_argument("--recipe", type=Path, default=RECIPES / "multi30k.yaml")
-    parser.add_argument("--split", choices=("test", "dev"), default="test")
-    parser.add_argument("--beams", type=int, default=5)
-    parser.add_argument("--minutes", type=float)
+    parser = parser_of(__doc__, "multi30k")
+    add_decoding(parser)
     arguments = parser.parse_args()
     training, metrics = arguments.data / "train.en-de.jsonl", named(METRICS, "de")
     if arguments.minutes:

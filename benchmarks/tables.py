@@ -6,6 +6,7 @@ Whatever is interrupted goes on with the same command: training from its newest 
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -26,6 +27,22 @@ from finespun.runs import RunFolder
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 TRL_SPEED_STEPS = 12
+
+
+def parser_of(about: str, name: str) -> argparse.ArgumentParser:
+    """What all of these scripts take; `about` is the script's own description."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=Path("runs") / name)
+    parser.add_argument("--recipe", type=Path, default=RECIPES / f"{name}.yaml")
+    return parser
+
+
+def add_decoding(parser: argparse.ArgumentParser) -> None:
+    """What those take that write greedily and with beams, or train beside TRL."""
+    parser.add_argument("--split", choices=("test", "dev"), default="test")
+    parser.add_argument("--beams", type=int, default=5)
+    parser.add_argument("--minutes", type=float)
 
 
 def train(recipe: Path, out: Path, *options: str) -> Path:

@@ -9,14 +9,12 @@ shares are printed beside.
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
-from tables import RECIPES, minutes_of_training, print_table, train
+from tables import minutes_of_training, parser_of, print_table, train
 
 from finespun.evaluation.comparison import interval
 from finespun.evaluation.evaluate import evaluate
@@ -42,11 +40,7 @@ def share(texts: Sequence[str], lengths: tuple[int, ...]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--out", type=Path, default=Path("runs/tang"))
-    parser.add_argument("--recipe", type=Path, default=RECIPES / "tang.yaml")
-    arguments = parser.parse_args()
+    arguments = parser_of(__doc__, "tang").parse_args()
     poems = [json.loads(line) for line in (arguments.data / "poems.jsonl").open(encoding="utf-8")]
     folder = arguments.out.with_name(f"{arguments.out.name}-data")
     folder.mkdir(parents=True, exist_ok=True)

@@ -12,11 +12,21 @@ are as in sacrebleu. `--minutes` trains finespun and TRL for so long each and sc
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from tables import RECIPES, beside_trl, minutes_of_training, named, print_table, rows_of, scores, train, write
+from tables import (
+    add_decoding,
+    beside_trl,
+    minutes_of_training,
+    named,
+    parser_of,
+    print_table,
+    rows_of,
+    scores,
+    train,
+    write,
+)
 
 from finespun.evaluation.outputs import Output
 from finespun.generation.settings import Sampling
@@ -45,13 +55,8 @@ def parts(outputs: Sequence[Output], test: Path) -> dict[str, list[Output]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--out", type=Path, default=Path("runs/webnlg"))
-    parser.add_argument("--recipe", type=Path, default=RECIPES / "webnlg.yaml")
-    parser.add_argument("--split", choices=("test", "dev"), default="test")
-    parser.add_argument("--beams", type=int, default=5)
-    parser.add_argument("--minutes", type=float)
+    parser = parser_of(__doc__, "webnlg")
+    add_decoding(parser)
     arguments = parser.parse_args()
     training, metrics = arguments.data / "train.jsonl", named(METRICS, "en")
     if arguments.minutes:

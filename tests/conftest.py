@@ -11,6 +11,7 @@ import torch
 from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    AutoModelForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     GPT2Tokenizer,
@@ -19,6 +20,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from architectures import architectures
 from finespun.models.catalog import converted_folder
 from finespun.models.load import LoadedModel, load_model
 
@@ -110,6 +112,18 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory, small_tokenizer: PreTr
 @pytest.fixture
 def tiny(tiny_folder: Path) -> LoadedModel:
     return load_model(str(tiny_folder), "float32", torch.device("cpu"))
+
+
+@pytest.fixture
+def random_model(small_tokenizer: PreTrainedTokenizerFast, request: pytest.FixtureRequest) -> LoadedModel:
+    """A model of the architecture that the test names, with weights large enough for texts that differ."""
+    torch.manual_seed(0)
+    config = architectures(vocab_size=400, positions=128)[request.param]
+    config.eos_token_id = small_tokenizer.eos_token_id
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return LoadedModel(model, small_tokenizer, request.param, Path())
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from copy import deepcopy
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -14,10 +13,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
-from transformers import AutoModelForCausalLM
 
 import finespun
-from architectures import architectures
 from finespun.data.templates import Encoder
 from finespun.errors import GenerationError, RecipeError
 from finespun.generation import search
@@ -108,20 +105,6 @@ def test_texts_end_in_different_ways(tiny: LoadedModel) -> None:
         ends |= {ids[-1] in encoder.stop_ids for ids in texts}
     assert len(lengths) > 3
     assert ends == {True, False}
-
-
-ARCHITECTURES = architectures(vocab_size=400, positions=128)
-
-
-@pytest.fixture
-def random_model(small_tokenizer, request: pytest.FixtureRequest) -> LoadedModel:
-    torch.manual_seed(0)
-    config = deepcopy(ARCHITECTURES[request.param])
-    config.eos_token_id = small_tokenizer.eos_token_id
-    model = AutoModelForCausalLM.from_config(config).eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    return LoadedModel(model, small_tokenizer, request.param, Path())
 
 
 @pytest.mark.parametrize("random_model", ["gpt2", "gemma3", "qwen3", "bloom"], indirect=True)

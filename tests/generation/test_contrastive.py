@@ -9,18 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, RepetitionPenaltyLogitsProcessor
+from transformers import RepetitionPenaltyLogitsProcessor
 
 import finespun
-from architectures import architectures
 from finespun.data.templates import Encoder
 from finespun.errors import GenerationError, RecipeError
 from finespun.generation import search
 from finespun.generation.engine import Engine, generate
 from finespun.generation.settings import Sampling
 from finespun.models.load import LoadedModel
-
-ARCHITECTURES = architectures(vocab_size=400, positions=128)
 
 
 @pytest.fixture
@@ -52,17 +49,6 @@ def contrastive(model: Any, prompt: list[int], sampling: Sampling, ends: set[int
         if new[-1] in ends:
             break
     return new
-
-
-@pytest.fixture
-def random_model(small_tokenizer, request: pytest.FixtureRequest) -> LoadedModel:
-    torch.manual_seed(0)
-    config = deepcopy(ARCHITECTURES[request.param])
-    config.eos_token_id = small_tokenizer.eos_token_id
-    model = AutoModelForCausalLM.from_config(config).eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    return LoadedModel(model, small_tokenizer, request.param, Path())
 
 
 @pytest.mark.parametrize("settings", [{"top_k": 4, "contrastive_alpha": 0.6}, {"top_k": 7, "contrastive_alpha": 0.3}])

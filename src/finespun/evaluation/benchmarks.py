@@ -45,7 +45,7 @@ from finespun.evaluation.evaluate import (
 )
 from finespun.evaluation.perplexity import finite
 from finespun.evaluation.settings import BenchmarkSettings
-from finespun.files import write_text
+from finespun.files import write_json, write_text
 from finespun.models.catalog import weights_sha256
 from finespun.models.load import LoadedModel, load_model, locate_model
 from finespun.reports.benchmarks import write_benchmarks
@@ -440,5 +440,5 @@ def _write(target: Path, system: _System, summary: Mapping[str, Any]) -> None:
     results = {key: value for key, value in system.results.items() if key != "samples"}
     text = json.dumps(results, indent=2, ensure_ascii=False, default=handle_non_serializable)
     write_text(target / "results.json", text + "\n")
-    write_text(target / SUMMARY, json.dumps(summary, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_json(target / SUMMARY, summary)
     write_benchmarks(target)

@@ -15,10 +15,9 @@ from finespun.data.templates import Encoder
 from finespun.data.texts import HELD_OUT, Texts
 from finespun.errors import DataError, RecipeError, TrainingInterrupted
 from finespun.evaluation.evaluate import COPIED
-from finespun.evaluation.examples import EvaluationExample, Trained
+from finespun.evaluation.examples import EvaluationExample, Trained, outputs_of
 from finespun.evaluation.metrics import Metric, Novelty, metrics_for
-from finespun.evaluation.outputs import FinishReason, Output
-from finespun.generation.engine import generate
+from finespun.generation.engine import Completion, generate
 from finespun.generation.settings import Sampling
 from finespun.models.load import LoadedModel
 from finespun.recipe import VALIDATION_LOSS, EvaluationRecipe
@@ -45,18 +44,15 @@ class SampleEvaluation:
 
         with torch.no_grad():  # a soft prompt is read outside of the passes
             written = generate(loaded, encoder, self.prompts, self.sampling, on_text=look)
-        return self._measured([(one.text, one.finish_reason, one.completion_tokens) for (one,) in written])
+        return self._measured([one for (one,) in written])
 
     def check(self) -> None:
         """Measures the references themselves, so that what a metric lacks is said before the training. Raises
         `RecipeError` or `DataError`."""
-        self._measured([(next(iter(example.references), ""), "stop", 1) for example in self.examples])
+        self._measured([Completion(next(iter(each.references), ""), "stop", 1, 1) for each in self.examples])
 
-    def _measured(self, written: Sequence[tuple[str, FinishReason, int]]) -> dict[str, float]:
-        outputs = [
-            Output(index, str(example.origin), example.prompt, tuple(example.references), text, reason, tokens)
-            for index, (example, (text, reason, tokens)) in enumerate(zip(self.examples, written, strict=True))
-        ]
+    def _measured(self, written: Sequence[Completion]) -> dict[str, float]:
+        outputs = outputs_of(self.examples, written)
         return {name: float(metric.measure(outputs).value()) for name, metric in self.metrics.items()}
 
 

@@ -32,6 +32,7 @@ from finespun.evaluation.examples import (
     EvaluationExample,
     EvaluationTexts,
     Trained,
+    outputs_of,
     read_examples,
     read_trained,
 )
@@ -301,6 +302,7 @@ def _compared(about: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def base_name(run: str, recipe: Recipe | None) -> str:
+    """The model that a run was trained from. Raises `RunError` for what is no run."""
     if recipe is None:
         raise RunError(f"{run}: is no run folder, so that it is not known which model it was trained from.")
     return recipe.model
@@ -333,18 +335,7 @@ def _evaluated(task: _Task, about: Mapping[str, Any], loaded: LoadedModel) -> _S
     kept = Kept("outputs", [by, task.sampling.model_dump(exclude_defaults=True)])
     with task.reporter.counting("Writing", "texts") as count:
         written = write_all(loaded, encoder, prompts, task.sampling, kept, lambda done: count(done, len(prompts)))
-    outputs = [
-        Output(
-            index,
-            str(example.origin),
-            example.prompt,
-            tuple(example.references),
-            one.text,
-            one.finish_reason,
-            one.completion_tokens,
-        )
-        for index, (example, one) in enumerate(zip(task.examples, written, strict=True))
-    ]
+    outputs = outputs_of(task.examples, written)
     found, scores = _likelihood(task, loaded, encoder, sequences, by)
     for metric in task.metrics:
         measured = metric.measure(outputs)  # a signature is complete behind that

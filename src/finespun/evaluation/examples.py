@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from finespun.data.formats import (
     Example,
@@ -40,8 +40,12 @@ from finespun.data.sources import (
 from finespun.data.split import content_hash, key_hash
 from finespun.data.texts import TRAIN, Texts, read_texts
 from finespun.errors import DataError
+from finespun.evaluation.outputs import Output
 from finespun.evaluation.settings import EvaluationData
 from finespun.recipe import DataRecipe, TemplateRecipe
+
+if TYPE_CHECKING:
+    from finespun.generation.engine import Completion
 
 ANSWER_COLUMNS = ("completion", "output", "answer", "target", "summary")
 """Where the formats of training data have the answer; of test data, `references` take its place."""
@@ -59,6 +63,22 @@ class EvaluationExample:
     texts: list[Trainable] = field(default_factory=list)
     rows: set[int] = field(default_factory=set)
     prompts: set[int] = field(default_factory=set)
+
+
+def outputs_of(examples: Sequence[EvaluationExample], written: Sequence[Completion]) -> list[Output]:
+    """What a model wrote for `examples`, one completion for each."""
+    return [
+        Output(
+            index,
+            str(example.origin),
+            example.prompt,
+            tuple(example.references),
+            one.text,
+            one.finish_reason,
+            one.completion_tokens,
+        )
+        for index, (example, one) in enumerate(zip(examples, written, strict=True))
+    ]
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from transformers.generation.logits_process import (
 
 from finespun.data.templates import Encoder
 from finespun.errors import GenerationError
-from finespun.generation.runner import runner_for
+from finespun.generation.runner import SlotRunner, runner_for
 from finespun.generation.search import SLOTS, Next, follow
 from finespun.generation.settings import CONSTRAINTS, Sampling
 from finespun.models.load import LoadedModel
@@ -48,7 +48,7 @@ def beam_search(
     if samples > sampling.beams:
         raise GenerationError(f"beams: {sampling.beams} beams end in as many texts, not in {samples} samples.")
     runner = runner_for(loaded)
-    if runner.rewinds:
+    if isinstance(runner, SlotRunner):
         searches = [
             _BeamSearch(
                 *(prompt, room, sampling, encoder.stop_ids, loaded.device),

@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import normalize
 
 from finespun.errors import GenerationError
-from finespun.generation.runner import runner_for
+from finespun.generation.runner import SlotRunner, runner_for
 from finespun.generation.search import Next, follow
 from finespun.generation.settings import Sampling
 from finespun.models.load import LoadedModel
@@ -36,7 +36,7 @@ def contrastive_search(
             f"contrastive_alpha: contrastive search weighs the likeliest tokens and does not know {', '.join(given)}."
         )
     runner = runner_for(loaded)
-    if not runner.rewinds:
+    if not isinstance(runner, SlotRunner):
         raise GenerationError(
             f"contrastive_alpha: {loaded.base_name} cannot take back what it has read. Choose another model, or "
             "repetition_penalty against repetition."

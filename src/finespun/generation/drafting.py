@@ -12,7 +12,7 @@ import torch
 from finespun.data.templates import Encoder
 from finespun.errors import GenerationError
 from finespun.generation.cache import Part, common_beginning
-from finespun.generation.runner import Reading, runner_for
+from finespun.generation.runner import Reading, SlotRunner, runner_for
 from finespun.generation.sampling import Guess
 from finespun.models.load import LoadedModel
 
@@ -34,10 +34,10 @@ class Draft:
                 f"draft: {loaded.base_name} has other tokens than the model that it is to write drafts for. Choose a "
                 "smaller model of the same family."
             )
-        self._runner = runner_for(loaded)
-        if not self._runner.rewinds:
+        runner = runner_for(loaded)
+        if not isinstance(runner, SlotRunner):
             raise GenerationError(f"draft: {loaded.base_name} cannot take back what it has read. Choose another model.")
-        self._vocabulary, self._context = vocabulary, loaded.context_length
+        self._runner, self._vocabulary, self._context = runner, vocabulary, loaded.context_length
         self._held: list[list[int]] = []  # what the slots have read
 
     def running(self) -> AbstractContextManager[None]:

@@ -25,7 +25,7 @@ from finespun.generation.cache import Part, common_beginning
 from finespun.generation.constraints import Constraint, constraint_for
 from finespun.generation.contrastive import contrastive_search
 from finespun.generation.drafting import Draft
-from finespun.generation.runner import Reading, runner_for
+from finespun.generation.runner import Reading, SlotRunner, runner_for
 from finespun.generation.sampling import Chooser, Guess, largest
 from finespun.generation.settings import Sampling
 from finespun.generation.text import TextStream
@@ -260,12 +260,12 @@ class Engine:
                 return
             self._waiting.remove(request)
             source, common = self._most_in_common(request)
-            if common < SHARED:
-                self._runner.start(slot)
-            else:
+            if common >= SHARED and isinstance(self._runner, SlotRunner):
                 if source != slot:
                     self._runner.copy(source, slot, self._runner.begin + common)
                 request.computed = common
+            else:
+                self._runner.start(slot)
             self._slots[slot], self._used[slot] = request, self._passes
             if not request.computed:
                 admitted.append(request)
@@ -311,12 +311,13 @@ class Engine:
         return min(free, key=lambda slot: (-(self._in_common(request, slot) // SHARED), self._used[slot], slot))
 
     def _most_in_common(self, request: Request) -> tuple[int, int]:
-        """The slot that has read most of the beginning of a prompt, and how much; at least one token is left."""
-        if not self._runner.rewinds:
+        """The slot that has read most of the beginning of a prompt, and how much; at least two tokens are left, since
+        one alone is computed in other products than among others, and a text would depend on what was asked before."""
+        if not isinstance(self._runner, SlotRunner):
             return 0, 0
         common = [self._in_common(request, slot) for slot in range(len(self._slots))]
         best = max(range(len(common)), key=common.__getitem__)
-        return best, min(common[best], len(request.prompt) - 1)
+        return best, min(common[best], max(0, len(request.prompt) - 2))
 
     def _in_common(self, request: Request, slot: int) -> int:
         """How much of the beginning of a prompt a slot has read, under the same adapter."""
@@ -341,8 +342,9 @@ class Engine:
             found.append((request, Reading(Part(slot, begin + request.computed, ids), len(ids), request.adapter)))
         left = max(SHARED, AT_ONCE - len(found))
         for slot, request in unread:
-            ids = request.prompt[request.computed :][:left]
-            if not ids:
+            rest = request.prompt[request.computed :]
+            ids = rest[: left - (len(rest) == left + 1)]  # none is read alone, see `_most_in_common`
+            if len(ids) < min(2, len(rest)):
                 break
             done = request.computed + len(ids) == len(request.prompt)
             found.append((request, Reading(Part(slot, begin + request.computed, ids), int(done), request.adapter)))
@@ -355,7 +357,7 @@ class Engine:
         for slot, request in written:
             request.guesses = []
             most = min(request.sampling.draft_tokens, request.room - len(request.new) - 1)
-            if most > 0 and not request.constraint and self._runner.rewinds:
+            if most > 0 and not request.constraint and isinstance(self._runner, SlotRunner):
                 wanting.append((slot, request, most))
         if self._draft:
             guessed = self._draft.propose(wanting)

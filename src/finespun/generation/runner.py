@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from transformers import Cache, DynamicCache, PreTrainedModel
@@ -38,49 +38,7 @@ class Copy(NamedTuple):
     end: int
 
 
-class Runner(Protocol):
-    """What the engine needs of a model."""
-
-    begin: int
-    """Position at which a sequence begins: behind the soft prompt, if there is one."""
-    rewinds: bool
-    """Whether a slot can be copied, and read again from an earlier position."""
-
-    def resize(self, slots: int, capacity: int) -> None:
-        """Makes room for so many sequences of so many tokens."""
-        ...
-
-    def clear(self) -> None:
-        """Forgets all slots."""
-        ...
-
-    def start(self, slot: int) -> None:
-        """Makes a slot ready for a new sequence."""
-        ...
-
-    def copy(self, source: int, target: int, tokens: int) -> None:
-        """The first `tokens` positions of a slot become those of another; only asked of what `rewinds`."""
-        ...
-
-    def copy_tokens(self, copies: Sequence[Copy]) -> None:
-        """Makes all `copies`, none of which reads what another writes; only asked of what `rewinds`."""
-        ...
-
-    def logits(self, readings: Sequence[Reading]) -> list[torch.Tensor]:
-        """For each reading `[wanted, vocab]`."""
-        ...
-
-    def logits_and_states(self, readings: Sequence[Reading]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """The `logits`, and for each reading the last hidden states `[tokens, dim]` of all of its tokens; only asked of
-        what `rewinds`."""
-        ...
-
-    def attending(self) -> AbstractContextManager[None]:
-        """Around calls of `logits`; may be entered inside itself."""
-        ...
-
-
-def runner_for(loaded: LoadedModel, adapters: Sequence[LoraAdapter] = ()) -> Runner:
+def runner_for(loaded: LoadedModel, adapters: Sequence[LoraAdapter] = ()) -> SlotRunner | SingleRunner:
     """The faster runner that is exact for this model; each reading may have its own of `adapters`."""
     model = loaded.causal_lm
     if model not in _exact:
@@ -93,9 +51,8 @@ _exact: weakref.WeakKeyDictionary[PreTrainedModel, bool] = weakref.WeakKeyDictio
 
 
 class SlotRunner:
-    """All sequences in one packed row."""
-
-    rewinds = True
+    """All sequences in one packed row. A slot can be copied, and read again from an earlier position; `begin` is where
+    a sequence begins, behind the soft prompt, if there is one."""
 
     def __init__(
         self,
@@ -116,19 +73,24 @@ class SlotRunner:
         return self._cache.windows
 
     def resize(self, slots: int, capacity: int) -> None:
+        """Makes room for so many sequences of so many tokens."""
         self._cache.resize(slots, capacity)
 
     def clear(self) -> None:
+        """Forgets all slots."""
         self._cache = SlotCache(0, 0)
 
     def start(self, slot: int) -> None:
+        """Makes a slot ready for a new sequence."""
         if self._soft_prompt is not None:
             self._cache.begin_with(slot, self._soft_prompt)
 
     def copy(self, source: int, target: int, tokens: int) -> None:
+        """The first `tokens` positions of a slot become those of another."""
         self._cache.copy(source, target, tokens)
 
     def copy_tokens(self, copies: Sequence[Copy]) -> None:
+        """Makes all `copies`, none of which reads what another writes."""
         device = self._model.device
         counts = torch.tensor([copy.end - copy.begin for copy in copies], device=device)
         sources, targets = (
@@ -140,6 +102,7 @@ class SlotRunner:
 
     @contextmanager
     def attending(self) -> Generator[None]:
+        """Around calls of `logits`; may be entered inside itself."""
         if self._inside:
             yield
             return
@@ -152,9 +115,11 @@ class SlotRunner:
                 self._inside = False
 
     def logits(self, readings: Sequence[Reading]) -> list[torch.Tensor]:
+        """For each reading `[wanted, vocab]`."""
         return self._read(readings, with_states=False)[0]
 
     def logits_and_states(self, readings: Sequence[Reading]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """The `logits`, and for each reading the last hidden states `[tokens, dim]` of all of its tokens."""
         return self._read(readings, with_states=True)
 
     def _read(self, readings: Sequence[Reading], with_states: bool) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
@@ -197,9 +162,8 @@ def _tokens_of_adapters(readings: Sequence[Reading], device: torch.device) -> di
 
 
 class SingleRunner:
-    """A sequence at a time, in the model's own way."""
-
-    rewinds = False
+    """A sequence at a time, in the model's own way. Its cache may have forgotten its beginning, so that slots cannot be
+    copied, or read again from an earlier position."""
 
     def __init__(self, loaded: LoadedModel, adapters: Sequence[LoraAdapter] = ()) -> None:
         self._loaded = loaded
@@ -218,15 +182,6 @@ class SingleRunner:
     def start(self, slot: int) -> None:
         prompt: Any = soft_prompt_cache(self._loaded.model, rows=1)
         self._caches[slot] = prompt[0] if prompt else DynamicCache(config=self._model.config)
-
-    def copy(self, source: int, target: int, tokens: int) -> None:
-        raise NotImplementedError("a cache of transformers may have forgotten its beginning")
-
-    def copy_tokens(self, copies: Sequence[Copy]) -> None:
-        raise NotImplementedError("a cache of transformers may have forgotten its beginning")
-
-    def logits_and_states(self, readings: Sequence[Reading]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        raise NotImplementedError("models without slots are not asked for these")
 
     def attending(self) -> AbstractContextManager[None]:
         return nullcontext()

@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol
 import torch
 
 from finespun.generation.cache import Part, common_beginning
-from finespun.generation.runner import Copy, Reading, Runner
+from finespun.generation.runner import Copy, Reading, SlotRunner
 from finespun.training.memory import keep_freed_memory
 
 SLOTS = 64
@@ -52,10 +52,10 @@ class Search(Protocol):
 
 @torch.inference_mode()
 def follow(
-    runner: Runner, searches: Sequence[Search], branches: int, cache_tokens: int, with_states: bool = False
+    runner: SlotRunner, searches: Sequence[Search], branches: int, cache_tokens: int, with_states: bool = False
 ) -> None:
     """Takes `searches`, each of at most so many `branches`, to their ends. Their slots have at most `cache_tokens`
-    together, or as many as one search needs. `runner` is one that `rewinds`, and nobody else's."""
+    together, or as many as one search needs. `runner` is nobody else's."""
     keep_freed_memory()
     # prompts of a length stand side by side, and the longest do not come last, alone
     waiting = deque(sorted(searches, key=lambda search: -len(search.prompt)))
@@ -73,7 +73,7 @@ def follow(
             active = [lane for lane in active if not lane.ended]
 
 
-def _pass(runner: Runner, lanes: Sequence[_Lane], with_states: bool) -> None:
+def _pass(runner: SlotRunner, lanes: Sequence[_Lane], with_states: bool) -> None:
     """Reads what comes next in `lanes`, and lets the searches decide."""
     left = AT_ONCE
     reading: list[tuple[_Lane, list[Reading]]] = []
@@ -98,7 +98,7 @@ def _pass(runner: Runner, lanes: Sequence[_Lane], with_states: bool) -> None:
 class _Lane:
     """The slots of one search."""
 
-    def __init__(self, search: Search, slots: range, runner: Runner) -> None:
+    def __init__(self, search: Search, slots: range, runner: SlotRunner) -> None:
         self.slots = slots
         self.branches: list[tuple[int, list[int]]] = []
         """Slot and new tokens, of which the last is still to be read."""

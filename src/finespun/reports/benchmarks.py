@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,6 @@ def write_benchmarks(folder: Path) -> None:
         "summary": summary,
         "headline": _headline(summary, rows),
         "rows": rows,
-        "version": version("finespun"),
     }
     write_page(folder / "report.html", "benchmarks.html.j2", view)
 
