@@ -105,12 +105,12 @@ def finespun(model: Any, tokenizer: Any, rows: list[Row], batch_size: int, metho
     from finespun.models.trainable import make_trainable
     from finespun.recipe import Recipe
     from finespun.training.loop import ResolvedTraining, train
-    from finespun.training.memory import keep_freed_memory, plan_memory
+    from finespun.training.memory import plan_memory, tune_memory_use
     from finespun.training.objectives.causal_lm import CausalLM
     from finespun.training.progress import Reporter
     from finespun.training.schedule import settle
 
-    keep_freed_memory()
+    tune_memory_use()
     loaded = LoadedModel(model.to(device()), tokenizer, "model", Path())
     examples = encode(tokenizer, rows)
     recipe = Recipe.from_keywords(

@@ -49,7 +49,7 @@ from finespun.training.loop import (
     tokens_per_second,
     train,
 )
-from finespun.training.memory import MemoryPlan, keep_freed_memory, plan_memory
+from finespun.training.memory import MemoryPlan, plan_memory, tune_memory_use
 from finespun.training.objectives.causal_lm import CausalLM
 from finespun.training.progress import Reporter, duration
 from finespun.training.rate_search import STEPS, chart, search_rate
@@ -227,7 +227,7 @@ def plan(recipe: Recipe, reporter: Reporter | None = None) -> list[str]:
 
 def _prepare(recipe: Recipe, texts: Texts, reporter: Reporter) -> _Prepared:
     """Reads, encodes and decides all that can fail before a step; completes `recipe`."""
-    keep_freed_memory()
+    tune_memory_use()
     for line in (*texts.how, *texts.notes, *changed_since_check(texts.files)):
         reporter.say(line)
     location = locate(recipe.model)

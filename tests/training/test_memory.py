@@ -21,6 +21,7 @@ from finespun.data.readers import Origin
 from finespun.data.templates import Encoder, TokenizedExample
 from finespun.models.gradient_checkpointing import decoder_layers
 from finespun.models.load import LoadedModel
+from finespun.models.prepacked import can_prepack
 from finespun.recipe import TrainingRecipe
 from finespun.training import memory
 from finespun.training.memory import MemoryPlan, plan_memory, smaller_micro_batch
@@ -163,6 +164,32 @@ def test_remedies_are_those_that_are_not_taken_yet() -> None:
     lora = plan.remedies(TrainingRecipe(method="lora", gradient_checkpointing="full", optimizer="lion"))
     assert [line.split()[1] for line in lora] == ["qlora"]
     assert any("together" in line and "20.10 GB" in line for line in plan.lines())
+
+
+@pytest.mark.skipif(not can_prepack(), reason="this CPU has no bfloat16 products")
+def test_kernels_of_shapes_seen_long_ago_are_not_kept() -> None:
+    script = """
+import torch
+from finespun.training.memory import KERNELS_KEPT, tune_memory_use
+tune_memory_use()
+weight = torch.ones(32, 32, dtype=torch.bfloat16)
+for last in (KERNELS_KEPT // 2, 2 * KERNELS_KEPT):
+    for _ in range(2):
+        print("round", flush=True)
+        for rows in range(2, 2 + last):
+            torch.nn.functional.linear(torch.ones(rows, 32, dtype=torch.bfloat16), weight)
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "ONEDNN_PRIMITIVE_CACHE_CAPACITY"}
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env=environment | {"ONEDNN_VERBOSE": "2"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    few, few_again, _, many_again = (part.count("create:cache_miss") for part in done.stdout.split("round\n")[1:])
+    assert few > few_again == 0
+    assert many_again >= memory.KERNELS_KEPT, "of twice as many, so many are gone at least"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits what a process allocates")

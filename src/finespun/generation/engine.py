@@ -32,7 +32,7 @@ from finespun.generation.text import TextStream
 from finespun.models.adapters import LoraAdapter
 from finespun.models.linear_cross_entropy import accumulation_type
 from finespun.models.load import LoadedModel
-from finespun.training.memory import keep_freed_memory, memory_available
+from finespun.training.memory import memory_available, tune_memory_use
 
 SLOTS = 64
 """Sequences that are continued at once, where memory allows."""
@@ -182,7 +182,7 @@ class Engine:
         adapters: Sequence[LoraAdapter] = (),
         draft: LoadedModel | None = None,
     ) -> None:
-        keep_freed_memory()
+        tune_memory_use()
         self._loaded, self._encoder = loaded, encoder
         self._runner = runner_for(loaded, adapters)
         self._slots: list[Request | None] = []

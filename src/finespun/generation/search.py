@@ -15,7 +15,7 @@ import torch
 
 from finespun.generation.cache import Part, common_beginning
 from finespun.generation.runner import Copy, Reading, SlotRunner
-from finespun.training.memory import keep_freed_memory
+from finespun.training.memory import tune_memory_use
 
 SLOTS = 64
 """Branches that are continued at once, where memory allows."""
@@ -56,7 +56,7 @@ def follow(
 ) -> None:
     """Takes `searches`, each of at most so many `branches`, to their ends. Their slots have at most `cache_tokens`
     together, or as many as one search needs. `runner` is nobody else's."""
-    keep_freed_memory()
+    tune_memory_use()
     # prompts of a length stand side by side, and the longest do not come last, alone
     waiting = deque(sorted(searches, key=lambda search: -len(search.prompt)))
     capacity = max((runner.begin + len(search.prompt) + search.room for search in searches), default=1)
