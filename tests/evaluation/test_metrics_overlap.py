@@ -157,9 +157,12 @@ def test_meteor_is_nltks_with_its_own_words(monkeypatch: pytest.MonkeyPatch) -> 
     assert "wordnet" in metric.signature
 
 
-def test_meteor_without_the_data_of_wordnet_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [LookupError, FileNotFoundError], ids=["all of it", "a file of it"])
+def test_meteor_without_the_data_of_wordnet_says_how_to_get_it(
+    monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
     def absent(word: str) -> None:
-        raise LookupError(word)
+        raise error(word)
 
     monkeypatch.setattr("nltk.corpus.wordnet", SimpleNamespace(synsets=absent))
     with pytest.raises(RecipeError, match=r"needs the data of WordNet.*nltk.downloader wordnet"):

@@ -92,6 +92,28 @@ def test_a_language_that_is_given_is_not_told_from_the_references() -> None:
     assert "tok:zh" in metric.signature
 
 
+@pytest.mark.parametrize(
+    ("package", "tokenizer", "text", "reference"),
+    [
+        ("MeCab", "ja-mecab", "東京はとても大きい町です。", "東京は大きい街です。日本の首都です。"),
+        ("mecab_ko", "ko-mecab", "오늘은 날씨가 아주 좋습니다.", "오늘 날씨가 정말 좋습니다. 우리는 산에 갔습니다."),
+    ],
+)
+def test_japanese_and_korean_are_read_in_words_as_sacrebleu_prints(
+    tmp_path: Path, package: str, tokenizer: str, text: str, reference: str
+) -> None:
+    pytest.importorskip(package, reason=f"needs sacrebleu[{tokenizer[:2]}]")
+    (tmp_path / "out").write_text(f"{text}\n", encoding="utf-8")
+    (tmp_path / "ref").write_text(f"{reference}\n", encoding="utf-8")
+    command = [sys.executable, "-m", "sacrebleu", tmp_path / "ref", "-i", tmp_path / "out", "-w", "9", "-m", "bleu"]
+    said = subprocess.run([*command, "-tok", tokenizer], capture_output=True, text=True, check=True).stdout
+    printed = json.loads(said)
+    metric = Bleu()
+    value = metric.measure(outputs_of([text], [[reference]])).value()
+    assert f"{value:.9f}" == f"{printed['score']:.9f}"
+    assert metric.signature == printed["signature"]
+
+
 def test_japanese_and_korean_are_read_in_characters_without_mecab(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("finespun.evaluation.metrics.translation.find_spec", lambda name: None)
     assert [bleu_tokenizer(language) for language in ("ja", "ko", "zh", "th", "de", None)] == [

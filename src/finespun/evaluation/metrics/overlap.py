@@ -110,7 +110,7 @@ class Meteor(_AgainstReferences):
 
         try:
             wordnet.synsets("word")
-        except LookupError:
+        except (LookupError, OSError):  # absent, or not all of it
             raise RecipeError(
                 "METEOR needs the data of WordNet, which is not on this machine. With a network: "
                 "python -m nltk.downloader wordnet. Without: unpack wordnet.zip from nltk's data into the folder "
