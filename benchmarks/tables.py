@@ -23,6 +23,7 @@ from finespun.evaluation.metrics.base import Metric
 from finespun.evaluation.outputs import Output, read_outputs
 from finespun.evaluation.settings import EvaluationData, EvaluationSettings
 from finespun.generation.settings import Sampling
+from finespun.recipe import Recipe
 from finespun.runs import RunFolder
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -118,33 +119,30 @@ def beside_trl(recipe: Path, data: Path, dev: Path, out: Path, minutes: float, m
     source = ("--data.source", str(data))
     ours = train(recipe, out / "finespun", *source, "--training.max-minutes", str(minutes))
     theirs = out / "trl"
-    if not (theirs / "config.json").is_file():
-        train_with_trl(data, theirs, minutes, ours)
-    print_table(
-        {
-            f"finespun, {minutes_of_training(ours):.0f} min": scores(
-                write(ours, dev, "dev", sampling).outputs, metrics
-            ),
-            f"TRL, {minutes:.0f} min": scores(write(theirs, dev, "dev", sampling, like=ours).outputs, metrics),
-        }
-    )
+    if not (theirs / "tokenizer_config.json").is_file():
+        train_with_trl(data, theirs, minutes, RunFolder(ours).recipe())
+    columns = {
+        f"finespun, {minutes_of_training(ours):.0f} min": write(ours, dev, "dev", sampling),
+        f"TRL, {minutes:.0f} min": write(theirs, dev, "dev", sampling, like=ours),
+    }
+    print_table({name: scores(written.outputs, metrics) for name, written in columns.items()})
 
 
-def train_with_trl(data: Path, out: Path, minutes: float, like: Path) -> None:
-    """TRL's `SFTTrainer` in bfloat16, packed, on the prompts and completions that the run `like` was trained on, for as
-    many minutes: a few steps say how many fit, then it takes those. The rate is ten times its default of 2e-5, since
-    that is for models of billions of parameters, and falls along a cosine as ours does."""
+def train_with_trl(data: Path, out: Path, minutes: float, recipe: Recipe) -> None:
+    """TRL's `SFTTrainer` in bfloat16, packed, which is its fastest way on a CPU, on the prompts and completions that
+    `recipe` makes, for as many minutes: a few steps say how many fit, then it takes those. Method, rank, peak rate,
+    schedule and warm-up are the recipe's; a step reads `max_length` tokens."""
     import jinja2
     import torch
     from datasets import Dataset
+    from peft import LoraConfig
     from transformers import TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
     from finespun.models.load import load_model
 
-    template = RunFolder(like).recipe().data.template
-    assert template is not None  # the recipes of these tables have one
-    parts = template.model_dump(exclude_none=True)
+    assert recipe.data.template is not None  # the recipes of these tables have one
+    parts = recipe.data.template.model_dump(exclude_none=True)
     filled = {part: jinja2.Template(source, keep_trailing_newline=True) for part, source in parts.items()}
     with data.open(encoding="utf-8") as file:
         rows = [{part: piece.render(json.loads(line)) for part, piece in filled.items()} for line in file]
@@ -157,18 +155,21 @@ def train_with_trl(data: Path, out: Path, minutes: float, like: Path) -> None:
             self.ends.append(time.perf_counter())
 
     def run(steps: int, clock: Clock) -> Any:
-        loaded = load_model("smollm2-135m", "float32")
+        loaded = load_model(recipe.model, "float32")
+        loaded.tokenizer.chat_template = None  # its texts are prompted as they are, in training and in writing
+        lora = LoraConfig(r=recipe.lora.rank, lora_alpha=recipe.lora.alpha, target_modules="all-linear")
         trainer = SFTTrainer(
             model=loaded.causal_lm.to(torch.bfloat16),
             processing_class=loaded.tokenizer,
             train_dataset=Dataset.from_list(rows),
+            peft_config=lora if recipe.training.method == "lora" else None,
             args=SFTConfig(
                 output_dir=str(out / "trainer"),
                 max_steps=steps,
                 per_device_train_batch_size=1,
-                learning_rate=2e-4,
+                learning_rate=recipe.training.learning_rate,
                 lr_scheduler_type="cosine",
-                warmup_ratio=0.05,
+                warmup_steps=recipe.training.warmup,
                 max_length=1024,
                 packing=True,
                 bf16=True,
@@ -185,5 +186,6 @@ def train_with_trl(data: Path, out: Path, minutes: float, like: Path) -> None:
     run(TRL_SPEED_STEPS, trial)
     seconds = (trial.ends[-1] - trial.ends[0]) / (len(trial.ends) - 1)
     trainer = run(max(1, int(minutes * 60 / seconds)), Clock())
-    trainer.save_model(str(out))
-    trainer.processing_class.save_pretrained(str(out))
+    model = trainer.model.merge_and_unload() if recipe.training.method == "lora" else trainer.model
+    model.save_pretrained(out)
+    trainer.processing_class.save_pretrained(out)
