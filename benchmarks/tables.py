@@ -114,16 +114,18 @@ def rows_of(outputs: Sequence[Output], test: Path) -> list[dict[str, Any]]:
 
 
 def beside_trl(recipe: Path, data: Path, dev: Path, out: Path, minutes: float, metrics: Sequence[Metric]) -> None:
-    """The recipe and TRL, `minutes` of training each, both scored on `dev`, greedily."""
+    """The recipe in about `minutes` of training and TRL in as many, both scored on `dev`, greedily."""
     sampling = Sampling(max_new_tokens=160)
     source = ("--data.source", str(data))
     ours = train(recipe, out / "finespun", *source, "--training.max-minutes", str(minutes))
     theirs = out / "trl"
-    if not (theirs / "tokenizer_config.json").is_file():
-        train_with_trl(data, theirs, minutes, RunFolder(ours).recipe())
+    state = theirs / "trainer_state.json"
+    if not state.is_file():
+        train_with_trl(data, theirs, minutes_of_training(ours), RunFolder(ours).recipe())
+    seconds = json.loads(state.read_text(encoding="utf-8"))["log_history"][-1]["train_runtime"]
     columns = {
-        f"finespun, {minutes_of_training(ours):.0f} min": write(ours, dev, "dev", sampling),
-        f"TRL, {minutes:.0f} min": write(theirs, dev, "dev", sampling, like=ours),
+        f"finespun, {minutes_of_training(ours):.1f} min": write(ours, dev, "dev", sampling),
+        f"TRL, {seconds / 60:.1f} min": write(theirs, dev, "dev", sampling, like=ours),
     }
     print_table({name: scores(written.outputs, metrics) for name, written in columns.items()})
 
@@ -189,3 +191,4 @@ def train_with_trl(data: Path, out: Path, minutes: float, recipe: Recipe) -> Non
     model = trainer.model.merge_and_unload() if recipe.training.method == "lora" else trainer.model
     model.save_pretrained(out)
     trainer.processing_class.save_pretrained(out)
+    trainer.state.save_to_json(str(out / "trainer_state.json"))
