@@ -10,9 +10,7 @@ DIR has train.en-de.jsonl (`prompt`, `completion`), dev.en-de.jsonl and test.en-
 
 from __future__ import annotations
 
-from tables import add_decoding, beside_trl, minutes_of_training, named, parser_of, print_table, scores, train, write
-
-from finespun.generation.settings import Sampling
+from tables import add_decoding, named, parser_of, print_table, scores, written
 
 METRICS = ("BLEU", "chrF++")
 
@@ -20,21 +18,11 @@ METRICS = ("BLEU", "chrF++")
 def main() -> None:
     parser = parser_of(__doc__, "multi30k")
     add_decoding(parser)
-    arguments = parser.parse_args()
-    training, metrics = arguments.data / "train.en-de.jsonl", named(METRICS, "de")
-    if arguments.minutes:
-        dev = arguments.data / "dev.en-de.jsonl"
-        beside_trl(arguments.recipe, training, dev, arguments.out, arguments.minutes, metrics)
-        return
-    run = train(arguments.recipe, arguments.out, "--data.source", str(training))
-    print(f"{run}: {minutes_of_training(run):.0f} minutes of training")
-    test = arguments.data / f"{arguments.split}.en-de.jsonl"
-    columns = {}
-    for decoding, beams in (("greedy", 1), (f"{arguments.beams} beams", arguments.beams)):
-        sampling = Sampling(max_new_tokens=160, beams=beams)
-        written = write(run, test, f"{arguments.split}-{decoding.replace(' ', '-')}", sampling)
-        columns[f"{decoding}, {written.minutes:.0f} min"] = scores(written.outputs, metrics)
-    print_table(columns)
+    metrics, columns = named(METRICS, "de"), {}
+    for decoding, _, answers in written(parser.parse_args(), "en-de.jsonl", metrics):
+        columns[f"{decoding}, {answers.minutes:.0f} min"] = scores(answers.outputs, metrics)
+    if columns:
+        print_table(columns)
 
 
 if __name__ == "__main__":

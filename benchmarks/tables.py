@@ -11,7 +11,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from finespun.recipe import Recipe
 from finespun.runs import RunFolder
 
 RECIPES = Path(__file__).parents[1] / "recipes"
+MAX_NEW_TOKENS = 160
 TRL_SPEED_STEPS = 12
 
 
@@ -113,9 +114,26 @@ def rows_of(outputs: Sequence[Output], test: Path) -> list[dict[str, Any]]:
     return [rows[int(output.origin.rsplit("row ", 1)[1]) - 1] for output in outputs]
 
 
+def written(arguments: argparse.Namespace, kind: str, metrics: Sequence[Metric]) -> Iterator[tuple[str, Path, Written]]:
+    """Trains on `train.<kind>` and gives, for greedy decoding and for beams, its name, the test set and what was written
+    for it. With --minutes it prints finespun beside TRL on `dev.<kind>` instead, and gives nothing."""
+    training = arguments.data / f"train.{kind}"
+    if arguments.minutes:
+        beside_trl(
+            arguments.recipe, training, arguments.data / f"dev.{kind}", arguments.out, arguments.minutes, metrics
+        )
+        return
+    run = train(arguments.recipe, arguments.out, "--data.source", str(training))
+    print(f"{run}: {minutes_of_training(run):.0f} minutes of training")
+    test = arguments.data / f"{arguments.split}.{kind}"
+    for decoding, beams in (("greedy", 1), (f"{arguments.beams} beams", arguments.beams)):
+        sampling = Sampling(max_new_tokens=MAX_NEW_TOKENS, beams=beams)
+        yield decoding, test, write(run, test, f"{arguments.split}-{decoding.replace(' ', '-')}", sampling)
+
+
 def beside_trl(recipe: Path, data: Path, dev: Path, out: Path, minutes: float, metrics: Sequence[Metric]) -> None:
     """The recipe in about `minutes` of training and TRL in as many, both scored on `dev`, greedily."""
-    sampling = Sampling(max_new_tokens=160)
+    sampling = Sampling(max_new_tokens=MAX_NEW_TOKENS)
     source = ("--data.source", str(data))
     ours = train(recipe, out / "finespun", *source, "--training.max-minutes", str(minutes))
     theirs = out / "trl"
@@ -123,11 +141,11 @@ def beside_trl(recipe: Path, data: Path, dev: Path, out: Path, minutes: float, m
     if not state.is_file():
         train_with_trl(data, theirs, minutes_of_training(ours), RunFolder(ours).recipe())
     seconds = json.loads(state.read_text(encoding="utf-8"))["log_history"][-1]["train_runtime"]
-    columns = {
+    answers = {
         f"finespun, {minutes_of_training(ours):.1f} min": write(ours, dev, "dev", sampling),
         f"TRL, {seconds / 60:.1f} min": write(theirs, dev, "dev", sampling, like=ours),
     }
-    print_table({name: scores(written.outputs, metrics) for name, written in columns.items()})
+    print_table({name: scores(answer.outputs, metrics) for name, answer in answers.items()})
 
 
 def train_with_trl(data: Path, out: Path, minutes: float, recipe: Recipe) -> None:

@@ -15,21 +15,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from tables import (
-    add_decoding,
-    beside_trl,
-    minutes_of_training,
-    named,
-    parser_of,
-    print_table,
-    rows_of,
-    scores,
-    train,
-    write,
-)
+from tables import add_decoding, named, parser_of, print_table, rows_of, scores, written
 
 from finespun.evaluation.outputs import Output
-from finespun.generation.settings import Sampling
 
 METRICS = ("webnlg-bleu", "BLEU", "chrF++", "TER")
 
@@ -58,20 +46,11 @@ def main() -> None:
     parser = parser_of(__doc__, "webnlg")
     add_decoding(parser)
     arguments = parser.parse_args()
-    training, metrics = arguments.data / "train.jsonl", named(METRICS, "en")
-    if arguments.minutes:
-        dev = arguments.data / "dev.jsonl"
-        beside_trl(arguments.recipe, training, dev, arguments.out, arguments.minutes, metrics)
-        return
-    run = train(arguments.recipe, arguments.out, "--data.source", str(training))
-    print(f"{run}: {minutes_of_training(run):.0f} minutes of training")
-    test = arguments.data / f"{arguments.split}.jsonl"
-    for decoding, beams in (("greedy", 1), (f"{arguments.beams} beams", arguments.beams)):
-        sampling = Sampling(max_new_tokens=160, beams=beams)
-        written = write(run, test, f"{arguments.split}-{decoding.replace(' ', '-')}", sampling)
-        print(f"\n{arguments.split}, {decoding}, {len(written.outputs)} prompts, {written.minutes:.0f} minutes")
-        print_table({name: scores(part, metrics) for name, part in parts(written.outputs, test).items()})
-    if arguments.split == "test":
+    metrics = named(METRICS, "en")
+    for decoding, test, answers in written(arguments, "jsonl", metrics):
+        print(f"\n{test}, {decoding}, {len(answers.outputs)} prompts, {answers.minutes:.0f} minutes")
+        print_table({name: scores(part, metrics) for name, part in parts(answers.outputs, test).items()})
+    if arguments.split == "test" and not arguments.minutes:
         print(PUBLISHED)
 
 
