@@ -32,6 +32,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -99,8 +100,11 @@ def device() -> Any:
     return default_device()
 
 
-def finespun(model: Any, tokenizer: Any, rows: list[Row], batch_size: int, method: str) -> tuple[Result, Any]:
-    """finespun's loop, without validation."""
+def finespun(
+    model: Any, tokenizer: Any, rows: list[Row], batch_size: int, method: str, compiled: bool = True
+) -> tuple[Result, Any]:
+    """finespun's loop, without validation; `compiled` where it would compile by itself, on a GPU."""
+    from finespun.models.compilation import can_compile
     from finespun.models.load import LoadedModel, faster_precision
     from finespun.models.trainable import make_trainable
     from finespun.recipe import Recipe
@@ -124,6 +128,7 @@ def finespun(model: Any, tokenizer: Any, rows: list[Row], batch_size: int, metho
         warmup=0.0,
         weight_decay=0.0,
         seed=SEED,
+        compile=compiled and loaded.device.type == "cuda" and can_compile(loaded.device),
     )
     make_trainable(loaded, recipe)
     objective = CausalLM(loaded.model)
@@ -235,6 +240,7 @@ def trl(bf16: bool | None, packing: bool) -> Callable[..., tuple[Result, Any]]:
 
 CONTESTANTS = {
     "finespun": finespun,
+    "finespun, not compiled": partial(finespun, compiled=False),
     "plain PyTorch, float32": plain,
     "TRL, defaults": trl(bf16=None, packing=False),
     "TRL, bfloat16, packed": trl(bf16=True, packing=True),
@@ -254,7 +260,7 @@ def one(name: str, arguments: argparse.Namespace) -> Result:
     model, tokenizer = build(arguments.model)
     product = product_speed()
     ordered = in_finespuns_order(training, arguments.batch_size)
-    given = training if name == "finespun" else ordered
+    given = training if name.startswith("finespun") else ordered
     result, trained = CONTESTANTS[name](model, tokenizer, given, arguments.batch_size, arguments.method)
     if torch.cuda.is_available():
         peak = torch.cuda.max_memory_allocated() / 1e6

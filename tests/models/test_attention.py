@@ -78,10 +78,15 @@ def test_each_example_sees_itself_alone(
 
 
 @pytest.mark.parametrize("window", [None, 5])
-def test_a_gpu_is_asked_for_the_same(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("grouped", [True, False])
+def test_a_gpu_is_asked_for_the_same(grouped: bool, window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """torch's variable-length attention runs on a GPU only; here something plain stands in for it, called in the way
-    that its signature and its documentation say."""
+    that its signature and its documentation say; without the last parameter in torch 2.11."""
     signature = inspect.signature(varlen.varlen_attn)
+    parameters = [each for each in signature.parameters.values() if each.name != "enable_gqa"]
+    if grouped:
+        parameters.append(inspect.Parameter("enable_gqa", inspect.Parameter.KEYWORD_ONLY, default=False))
+    signature = signature.replace(parameters=parameters)
 
     def stand_in(*arguments, **keywords) -> torch.Tensor:
         given = signature.bind(*arguments, **keywords).arguments
@@ -89,7 +94,7 @@ def test_a_gpu_is_asked_for_the_same(window: int | None, monkeypatch: pytest.Mon
         assert given["max_q"] == given["max_k"] == 17
         left, right = given["window_size"]
         assert right == 0, "no query sees what comes behind it"
-        assert given["enable_gqa"]
+        assert given.get("enable_gqa", False) == (given["query"].shape[1] != given["key"].shape[1])
         rows = [given[name].transpose(0, 1) for name in ("query", "key", "value")]
         return torch.cat(
             [
@@ -98,6 +103,7 @@ def test_a_gpu_is_asked_for_the_same(window: int | None, monkeypatch: pytest.Mon
             ]
         )
 
+    stand_in.__signature__ = signature  # ty: ignore[unresolved-attribute]
     monkeypatch.setattr(varlen, "varlen_attn", stand_in)
     torch.manual_seed(0)
     q, k, v = (torch.randn(29, heads, 8) for heads in (6, 2, 2))

@@ -10,7 +10,8 @@ are taken in blocks, each with the keys that it may see: of long examples, half 
 from __future__ import annotations
 
 import functools
-from collections.abc import Generator, Iterator, Sequence
+import inspect
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -311,6 +312,10 @@ def _variable_length(
     """torch's own attention over a packed row, FlashAttention on a GPU, for what `_Attention` takes."""
     from torch.nn.attention import varlen
 
+    grouped = {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}
+    if grouped and not _takes_grouped(varlen.varlen_attn):
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+        grouped = {}
     ends = packing.cu_seqlens.int()
     output: Any = varlen.varlen_attn(
         *(query, key, value),
@@ -318,9 +323,15 @@ def _variable_length(
         *(packing.longest, packing.longest),
         scale=scale,
         window_size=(-1 if window is None else window - 1, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
+        **grouped,
     )
     return output
+
+
+@functools.cache
+def _takes_grouped(attention: Callable[..., Any]) -> bool:
+    """Whether torch's variable-length attention takes fewer heads of keys than of queries: that of 2.11 does not."""
+    return "enable_gqa" in inspect.signature(attention).parameters
 
 
 def no_mask(*_: Any, **__: Any) -> None:
