@@ -278,9 +278,7 @@ def _settle_training(
     the learning rate where none was given."""
     device = objective.model.device
     settings.precision = settings.precision or faster_precision(device)
-    if settings.compile is None:
-        settings.compile = device.type == "cuda" and can_compile(device)
-    elif settings.compile and not can_compile(device):
+    if settings.compile and not can_compile(device):
         raise RecipeError("training.compile: needs Triton on a GPU, or a C++ compiler (g++, clang++) on a CPU.")
     why_rate = ""
     if settings.learning_rate is None:

@@ -257,8 +257,8 @@ class TrainingRecipe(Section):
     once]."""
     gradient_checkpointing: Literal["off", "selective", "full"] = "off"
     """Keep less for the backward pass and compute it again there: all but the matrix products, or whole layers."""
-    compile: bool | None = None
-    """Compile norms and activations with torch.compile, which takes a while at the start [default: on CUDA GPUs]."""
+    compile: bool = False
+    """Compile norms and activations with torch.compile, which takes a minute at the start of a run."""
     memory_limit_gb: Annotated[float, Field(gt=0)] | None = None
     """Use no more memory than this [default: what the machine has]."""
     trackers: list[Tracker] | None = None

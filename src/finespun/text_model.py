@@ -13,7 +13,7 @@ from finespun.data.sources import Items
 from finespun.data.templates import Encoder
 from finespun.errors import RecipeError, RunError
 from finespun.finetuning import FinishedRun, finetune
-from finespun.generation.engine import SLOTS, Completion, Engine, generate
+from finespun.generation.engine import Completion, Engine, generate
 from finespun.generation.settings import Sampling
 from finespun.models.adapters import merge
 from finespun.models.load import LoadedModel, load_model, save_model
@@ -53,8 +53,8 @@ class TextModel:
         """The model that a run has just trained."""
         return cls(str(finished.folder.path), finished.loaded, finished.encoder, finished.folder)
 
-    def engine(self, slots: int = SLOTS) -> Engine:
-        """What continues many requests of this model at once, one pass after another; until it is trained again."""
+    def engine(self, slots: int | None = None) -> Engine:
+        """What continues many requests of this model, at most `slots` at once; until it is trained again."""
         return Engine(self._loaded, self.encoder, slots)
 
     @overload

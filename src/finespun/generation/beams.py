@@ -18,6 +18,7 @@ from transformers.generation.logits_process import (
 
 from finespun.data.templates import Encoder
 from finespun.errors import GenerationError
+from finespun.generation.cache import wider
 from finespun.generation.runner import SlotRunner, runner_for
 from finespun.generation.search import SLOTS, Next, follow
 from finespun.generation.settings import CONSTRAINTS, Sampling
@@ -176,7 +177,7 @@ def _by_transformers(
     on_end: Callable[[int, list[list[int]]], None],
 ) -> None:
     """Prompts are filled up on the left."""
-    size = max(1, SLOTS // sampling.beams)
+    size = max(1, SLOTS * wider(loaded.device) // sampling.beams)
     order = sorted(range(len(prompts)), key=lambda number: -len(prompts[number][0]))
     for first in range(0, len(order), size):
         batch = order[first : first + size]

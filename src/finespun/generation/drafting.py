@@ -11,7 +11,7 @@ import torch
 
 from finespun.data.templates import Encoder
 from finespun.errors import GenerationError
-from finespun.generation.cache import Part, common_beginning
+from finespun.generation.cache import Part, common_beginning, wider
 from finespun.generation.runner import Reading, SlotRunner, runner_for
 from finespun.generation.sampling import Guess
 from finespun.models.load import LoadedModel
@@ -81,7 +81,7 @@ class Draft:
         found: dict[int, torch.Tensor] = {}
         while len(found) < len(sequences):
             readings: list[Reading] = []
-            left = AT_ONCE
+            left = AT_ONCE * wider(self._runner.device)
             for slot, ids in sequences.items():
                 if slot in found or not left:
                     continue

@@ -21,7 +21,7 @@ import torch
 from finespun.data.templates import Encoder
 from finespun.errors import DataError, GenerationError
 from finespun.generation.beams import beam_search
-from finespun.generation.cache import Part, common_beginning
+from finespun.generation.cache import Part, common_beginning, wider
 from finespun.generation.constraints import Constraint, constraint_for
 from finespun.generation.contrastive import contrastive_search
 from finespun.generation.drafting import Draft
@@ -35,10 +35,10 @@ from finespun.models.load import LoadedModel
 from finespun.training.memory import memory_available, tune_memory_use
 
 SLOTS = 64
-"""Sequences that are continued at once, where memory allows."""
+"""Sequences that are continued at once on a CPU, where memory allows; several times as many on a GPU."""
 
 AT_ONCE = 1024
-"""Tokens of one pass: of prompts, so many less those that are being written."""
+"""Tokens of one pass on a CPU: of prompts, so many less those that are being written."""
 
 SHARED = 16
 """Beginnings shorter than this are read again rather than copied."""
@@ -170,7 +170,8 @@ def new_request(
 
 
 class Engine:
-    """Continues requests of one model, at most `slots` at once, and as many under each of the `adapters` beside it. The
+    """Continues requests of one model, at most `slots` at once (by default what suits the device), and as many under
+    each of the `adapters` beside it. The
     tokens that requests want to have guessed are what `draft`, a smaller model, would write; without one, what followed
     earlier in the text. For one thread. Raises `GenerationError` for a draft with other tokens."""
 
@@ -178,7 +179,7 @@ class Engine:
         self,
         loaded: LoadedModel,
         encoder: Encoder,
-        slots: int = SLOTS,
+        slots: int | None = None,
         adapters: Sequence[LoraAdapter] = (),
         draft: LoadedModel | None = None,
     ) -> None:
@@ -190,7 +191,8 @@ class Engine:
         self._used: list[int] = []  # the pass in which a slot was given away
         self._passes = 0
         self._waiting: deque[Request] = deque()
-        self._each, self._models, self._capacity = slots, 1 + len(adapters), 0
+        self._wider = wider(loaded.device)
+        self._each, self._models, self._capacity = slots or SLOTS * self._wider, 1 + len(adapters), 0
         self._draft = Draft(draft, encoder, _vocabulary(loaded)) if draft else None
         self._cache_tokens = _cache_tokens(loaded, draft)
 
@@ -340,7 +342,7 @@ class Engine:
         for slot, request in written:
             ids = [request.new[-1], *(guess.token for guess in request.guesses)]
             found.append((request, Reading(Part(slot, begin + request.computed, ids), len(ids), request.adapter)))
-        left = max(SHARED, AT_ONCE - len(found))
+        left = max(SHARED, AT_ONCE * self._wider - len(found))
         for slot, request in unread:
             rest = request.prompt[request.computed :]
             ids = rest[: left - (len(rest) == left + 1)]  # none is read alone, see `_most_in_common`
@@ -474,7 +476,7 @@ def generate(
         return _searched(loaded, encoder, prompts, sampling, samples, on_text, on_end)
     if sampling.best_of > 1:
         return _likeliest(loaded, encoder, prompts, sampling, samples, draft)
-    engine = Engine(loaded, encoder, SLOTS, draft=draft)
+    engine = Engine(loaded, encoder, draft=draft)
     requests: dict[tuple[int, int], Request] = {}
     found: dict[tuple[int, int], Completion] = {}
     # prompts of a length stand side by side, and the longest do not come last, alone

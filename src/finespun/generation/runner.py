@@ -68,6 +68,10 @@ class SlotRunner:
         self._soft_prompt, self.begin = soft_prompt or (None, 0)
 
     @property
+    def device(self) -> torch.device:
+        return self._model.device
+
+    @property
     def windows(self) -> set[int | None]:
         """How far back the layers have looked that were computed; None for one that sees all."""
         return self._cache.windows
@@ -172,6 +176,10 @@ class SingleRunner:
         self._caches: dict[int, DynamicCache] = {}
         prompt = soft_prompt_cache(loaded.model, rows=1)
         self.begin = prompt[1] if prompt else 0
+
+    @property
+    def device(self) -> torch.device:
+        return self._model.device
 
     def resize(self, slots: int, capacity: int) -> None:
         pass

@@ -32,7 +32,11 @@ class Guess(NamedTuple):
 def largest(logits: torch.Tensor) -> list[int]:
     """The token with the largest of each row of `logits` `[rows, vocab]`: the first of those that are equal, as
     some are in bfloat16. torch's `argmax` promises none of them."""
-    return logits.float().cpu().numpy().argmax(-1).tolist()
+    if logits.is_cuda:  # they stay there: copying them takes longer
+        columns = torch.arange(logits.shape[-1], device=logits.device)
+        found = columns.where(logits == logits.amax(-1, keepdim=True), logits.shape[-1]).amin(-1)
+        return found.tolist()
+    return logits.float().numpy().argmax(-1).tolist()
 
 
 class Chooser:

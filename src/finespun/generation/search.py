@@ -13,15 +13,15 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from finespun.generation.cache import Part, common_beginning
+from finespun.generation.cache import Part, common_beginning, wider
 from finespun.generation.runner import Copy, Reading, SlotRunner
 from finespun.training.memory import tune_memory_use
 
 SLOTS = 64
-"""Branches that are continued at once, where memory allows."""
+"""Branches that are continued at once on a CPU, where memory allows; several times as many on a GPU."""
 
 AT_ONCE = 1024
-"""Tokens of prompts that are read in one pass."""
+"""Tokens of prompts that are read in one pass on a CPU."""
 
 
 class Next(NamedTuple):
@@ -60,7 +60,7 @@ def follow(
     # prompts of a length stand side by side, and the longest do not come last, alone
     waiting = deque(sorted(searches, key=lambda search: -len(search.prompt)))
     capacity = max((runner.begin + len(search.prompt) + search.room for search in searches), default=1)
-    lanes = max(1, min(SLOTS, cache_tokens // capacity) // branches)
+    lanes = max(1, min(SLOTS * wider(runner.device), cache_tokens // capacity) // branches)
     free = [range(lane * branches, (lane + 1) * branches) for lane in range(min(lanes, len(waiting)))]
     runner.resize(len(free) * branches, capacity)
     active: list[_Lane] = []
@@ -75,7 +75,7 @@ def follow(
 
 def _pass(runner: SlotRunner, lanes: Sequence[_Lane], with_states: bool) -> None:
     """Reads what comes next in `lanes`, and lets the searches decide."""
-    left = AT_ONCE
+    left = AT_ONCE * wider(runner.device)
     reading: list[tuple[_Lane, list[Reading]]] = []
     for lane in lanes:
         readings = lane.readings(left)

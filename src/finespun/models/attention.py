@@ -312,7 +312,7 @@ def _variable_length(
     """torch's own attention over a packed row, FlashAttention on a GPU, for what `_Attention` takes."""
     from torch.nn.attention import varlen
 
-    grouped = {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}
+    grouped: dict[str, Any] = {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}
     if grouped and not _takes_grouped(varlen.varlen_attn):
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
         grouped = {}
