@@ -266,6 +266,19 @@ def test_resuming_what_cannot_go_on(refused, write_jsonl, tiny_folder: Path) -> 
     assert "no recipe" in refused("train", "--resume", "run", "--plan")
 
 
+def test_a_run_that_another_process_trains(refused, write_jsonl, tiny_folder: Path) -> None:
+    data = write_jsonl(GOOD, {"prompt": "x", "completion": "y"})
+    options = ["--model", str(tiny_folder), "--data", str(data), "--out", "run", "--training.max-steps", "1", "--quiet"]
+    main(["train", *options])
+    hold = "import pathlib, finespun.runs as r\nwith r.RunFolder(pathlib.Path('run')).held(): print('held', flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"held\n"
+        assert "run: another process is training here" in refused("train", "--resume", "run")
+        other.kill()
+    assert "this run is finished" in refused("train", "--resume", "run"), "a process that is killed holds nothing"
+
+
 def test_a_run_that_cannot_fit_into_memory_is_refused_with_what_would_help(
     refused, write_jsonl, tiny_folder: Path
 ) -> None:

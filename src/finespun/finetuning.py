@@ -111,10 +111,11 @@ def finetune(recipe: Recipe, items: Items | None = None, reporter: Reporter | No
         files = run.manifest["data"]["files"]
         files[str(folder.data.absolute())] = files.pop(MemoryRows.shown)
     folder.create(recipe, run.manifest)
-    copy_file(run.tokens.folder / "dropped.jsonl", folder.dropped)
-    if items is not None:
-        write_text(folder.data, to_jsonl(items))
-    return _run(run, folder, reporter, resume_from=None)
+    with folder.held():
+        copy_file(run.tokens.folder / "dropped.jsonl", folder.dropped)
+        if items is not None:
+            write_text(folder.data, to_jsonl(items))
+        return _run(run, folder, reporter, resume_from=None)
 
 
 def resume(
@@ -125,12 +126,17 @@ def resume(
 ) -> FinishedRun:
     """Goes on with the run in `path` from its newest complete checkpoint, or from its start where it has none.
 
-    `changes` are keys of the recipe to override. Raises `RunError` for a folder without a run, a finished run, and,
-    unless `allow_changes`, for a recipe, data or base weights that are not those it began with.
+    `changes` are keys of the recipe to override. Raises `RunError` for a folder without a run, a finished run, one that
+    another process trains, and, unless `allow_changes`, for a recipe, data or base weights that are not those it began
+    with.
     """
-    reporter = reporter or Reporter()
     folder = RunFolder(Path(path))
     recipe = folder.recipe(changes or {})
+    with folder.held():
+        return _resume(folder, recipe, reporter or Reporter(), allow_changes)
+
+
+def _resume(folder: RunFolder, recipe: Recipe, reporter: Reporter, allow_changes: bool) -> FinishedRun:
     recipe.out = str(folder.path.absolute())
     if folder.report.exists():
         raise RunError(f"{folder.path}: this run is finished. To train on, start a new run with --model {folder.path}.")

@@ -16,11 +16,14 @@ from __future__ import annotations
 import json
 import platform
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from finespun.errors import RunError
 from finespun.files import append_line, write_jsonl, write_text
@@ -68,6 +71,20 @@ class RunFolder:
             )
         if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             raise RunError(f"{self.path}: is there already and is not empty. Choose another --out.")
+
+    @contextmanager
+    def held(self) -> Generator[None]:
+        """Inside, no other process trains here; raises `RunError` where one does. The system takes the lock from a
+        process that ends, however it ends."""
+        lock = FileLock(self.path / ".lock", blocking=False)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise RunError(f"{self.path}: another process is training here. Wait for it, or stop it.") from None
+        try:
+            yield
+        finally:
+            lock.release()
 
     def create(self, recipe: Recipe, manifest: Mapping[str, Any]) -> None:
         """Makes the folder with its recipe and manifest; the recipe comes last and makes it a run."""
