@@ -23,7 +23,6 @@ from finespun.evaluation.metrics.base import Metric
 from finespun.evaluation.outputs import Output, read_outputs
 from finespun.evaluation.settings import EvaluationData, EvaluationSettings
 from finespun.generation.settings import Sampling
-from finespun.recipe import Recipe
 from finespun.runs import RunFolder
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -139,7 +138,7 @@ def beside_trl(recipe: Path, data: Path, dev: Path, out: Path, minutes: float, m
     theirs = out / "trl"
     state = theirs / "trainer_state.json"
     if not state.is_file():
-        train_with_trl(data, theirs, minutes_of_training(ours), RunFolder(ours).recipe())
+        train_with_trl(data, theirs, RunFolder(ours))
     seconds = json.loads(state.read_text(encoding="utf-8"))["log_history"][-1]["train_runtime"]
     answers = {
         f"finespun, {minutes_of_training(ours):.1f} min": write(ours, dev, "dev", sampling),
@@ -148,24 +147,31 @@ def beside_trl(recipe: Path, data: Path, dev: Path, out: Path, minutes: float, m
     print_table({name: scores(answer.outputs, metrics) for name, answer in answers.items()})
 
 
-def train_with_trl(data: Path, out: Path, minutes: float, recipe: Recipe) -> None:
-    """TRL's `SFTTrainer` in bfloat16, packed, which is its fastest way on a CPU, on the prompts and completions that
-    `recipe` makes, for as many minutes: a few steps say how many fit, then it takes those. Method, rank, peak rate,
-    schedule and warm-up are the recipe's; a step reads `max_length` tokens."""
+def train_with_trl(data: Path, out: Path, ours: RunFolder) -> None:
+    """TRL's `SFTTrainer` in bfloat16, packed, which is its fastest way on a CPU, on the prompts and completions that the
+    recipe of `ours` makes, for as many minutes: a few steps say how many fit, then it takes those. Method, rank, peak
+    rate, schedule, warm-up, and the chat template if there is one, are the recipe's; a step reads `max_length` tokens."""
     import jinja2
     import torch
     from datasets import Dataset
     from peft import LoraConfig
-    from transformers import TrainerCallback
+    from transformers import AutoTokenizer, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
     from finespun.models.load import load_model
 
+    recipe = ours.recipe()
     assert recipe.data.template is not None  # the recipes of these tables have one
+    tokenizer = AutoTokenizer.from_pretrained(ours.model)  # it holds the chat template, or none for raw texts
     parts = recipe.data.template.model_dump(exclude_none=True)
     filled = {part: jinja2.Template(source, keep_trailing_newline=True) for part, source in parts.items()}
     with data.open(encoding="utf-8") as file:
-        rows = [{part: piece.render(json.loads(line)) for part, piece in filled.items()} for line in file]
+        rows: list[dict[str, Any]] = [
+            {part: piece.render(json.loads(line)) for part, piece in filled.items()} for line in file
+        ]
+    if tokenizer.chat_template:
+        roles = {"prompt": "user", "completion": "assistant"}
+        rows = [{part: [{"role": roles[part], "content": text}] for part, text in row.items()} for row in rows]
 
     class Clock(TrainerCallback):
         def __init__(self) -> None:
@@ -176,11 +182,10 @@ def train_with_trl(data: Path, out: Path, minutes: float, recipe: Recipe) -> Non
 
     def run(steps: int, clock: Clock) -> Any:
         loaded = load_model(recipe.model, "float32")
-        loaded.tokenizer.chat_template = None  # its texts are prompted as they are, in training and in writing
         lora = LoraConfig(r=recipe.lora.rank, lora_alpha=recipe.lora.alpha, target_modules="all-linear")
         trainer = SFTTrainer(
             model=loaded.causal_lm.to(torch.bfloat16),
-            processing_class=loaded.tokenizer,
+            processing_class=tokenizer,
             train_dataset=Dataset.from_list(rows),
             peft_config=lora if recipe.training.method == "lora" else None,
             args=SFTConfig(
@@ -205,7 +210,7 @@ def train_with_trl(data: Path, out: Path, minutes: float, recipe: Recipe) -> Non
     trial = Clock()
     run(TRL_SPEED_STEPS, trial)
     seconds = (trial.ends[-1] - trial.ends[0]) / (len(trial.ends) - 1)
-    trainer = run(max(1, int(minutes * 60 / seconds)), Clock())
+    trainer = run(max(1, int(minutes_of_training(ours.path) * 60 / seconds)), Clock())
     model = trainer.model.merge_and_unload() if recipe.training.method == "lora" else trainer.model
     model.save_pretrained(out)
     trainer.processing_class.save_pretrained(out)
