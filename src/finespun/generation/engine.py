@@ -171,9 +171,9 @@ def new_request(
 
 class Engine:
     """Continues requests of one model, at most `slots` at once (by default what suits the device), and as many under
-    each of the `adapters` beside it. The
-    tokens that requests want to have guessed are what `draft`, a smaller model, would write; without one, what followed
-    earlier in the text. For one thread. Raises `GenerationError` for a draft with other tokens."""
+    each of the `adapters` beside it. The tokens that requests want to have guessed are what `draft`, a smaller model,
+    would write; without one, what followed earlier in the text. For one thread. Raises `GenerationError` for a draft
+    with other tokens."""
 
     def __init__(
         self,

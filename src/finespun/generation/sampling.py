@@ -36,7 +36,7 @@ def largest(logits: torch.Tensor) -> list[int]:
         columns = torch.arange(logits.shape[-1], device=logits.device)
         found = columns.where(logits == logits.amax(-1, keepdim=True), logits.shape[-1]).amin(-1)
         return found.tolist()
-    return logits.float().numpy().argmax(-1).tolist()
+    return logits.float().cpu().numpy().argmax(-1).tolist()
 
 
 class Chooser:
