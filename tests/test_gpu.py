@@ -1,5 +1,4 @@
-"""What runs differently on a GPU. The other tests hold there too, but for those that ask for the very bits of products
-whose shapes differ."""
+"""What runs differently on a GPU."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ samples.jsonl    held-out prompts with the texts before and after
 model/           the trained model, a Hugging Face or PEFT folder
 report.html      all of it for people
 evaluations/     what was measured of the model, a folder each
+.lock            held by the process that trains here
 """
 
 from __future__ import annotations

@@ -34,11 +34,11 @@ TOGETHER = 16
 """So many neighbouring slots attend in one call, filled up to the longest of them; more, where that fills up little."""
 
 WASTE_ON_GPU = 4.0
-"""There, one call of four times the work is done sooner than several."""
+"""There calls are few rather than small: it is the CPU's saying what to do that takes long."""
 
 
 def wider(device: torch.device) -> int:
-    """So many times as much as on a CPU is computed at once on `device`: a GPU takes as long for little."""
+    """So many times as much as on a CPU is computed at once on `device`: a GPU is not busy with so few."""
     return 8 if device.type == "cuda" else 1
 
 
