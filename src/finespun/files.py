@@ -53,8 +53,13 @@ def remembered(place: Path, make: Callable[[], Any]) -> Any:
 
 
 def hash_of(parts: Any) -> str:
-    """A name for what depends on `parts`, which JSON can hold."""
-    return hashlib.sha256(json.dumps(parts, default=str, sort_keys=True).encode()).hexdigest()[:32]
+    """A name for what depends on `parts`, which JSON can hold but for sets and what `str` tells apart."""
+
+    def told(part: Any) -> Any:
+        # a set has another order in each process, that of `peft`'s target modules for example
+        return sorted(part) if isinstance(part, set | frozenset) else str(part)
+
+    return hashlib.sha256(json.dumps(parts, default=told, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def read_text(path: Path) -> str:

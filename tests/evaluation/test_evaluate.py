@@ -36,7 +36,7 @@ SHORT = Sampling(max_new_tokens=8)
 
 @pytest.fixture(scope="module")
 def trained(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two steps on prompts and answers whose columns have names of their own."""
+    """A LoRA run of two steps on prompts and answers whose columns have names of their own."""
     folder = tmp_path_factory.mktemp("run")
     data = folder / "train.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
@@ -44,9 +44,10 @@ def trained(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
         model=str(tiny_folder),
         data={"source": [str(data)], "columns": {"prompt": "ask", "completion": "answer"}, "validation": 0.25},
         out=str(folder / "run"),
+        method="lora",
         max_steps=2,
         batch_size=4,
-        learning_rate=3e-3,
+        learning_rate=3e-2,
         samples={"count": 0},
         quiet=True,
     )
