@@ -23,6 +23,7 @@ from finespun.evaluation.metrics.base import Metric
 from finespun.evaluation.outputs import Output, read_outputs
 from finespun.evaluation.settings import EvaluationData, EvaluationSettings
 from finespun.generation.settings import Sampling
+from finespun.reports.figures import figure
 from finespun.runs import RunFolder
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -90,7 +91,7 @@ def scores(outputs: Sequence[Output], metrics: Sequence[Metric]) -> dict[str, st
     found = {}
     for metric in metrics:
         told = interval(metric.measure(outputs), examples=len(outputs))
-        found[metric.name] = f"{told.value:.2f} [{told.low:.2f}, {told.high:.2f}]"
+        found[metric.name] = f"{figure(told.value)} [{figure(told.low)}, {figure(told.high)}]"
         print(f"  {metric.name}: {found[metric.name]}  ({metric.signature})", file=sys.stderr)
     return found
 

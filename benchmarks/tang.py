@@ -23,6 +23,7 @@ from finespun.evaluation.outputs import Output, read_outputs
 from finespun.evaluation.settings import EvaluationData, EvaluationSettings
 from finespun.files import write_jsonl
 from finespun.generation.settings import Sampling
+from finespun.reports.figures import figure
 
 HELD_OUT = 20
 
@@ -56,7 +57,8 @@ def main() -> None:
         measured = json.loads((where / "summary.json").read_text(encoding="utf-8"))["metrics"]
         outputs = read_outputs(where / "outputs.jsonl")
         columns[name] = {
-            each["name"]: f"{each['value']:.2f} [{each['low']:.2f}, {each['high']:.2f}]" for each in measured
+            each["name"]: f"{figure(each['value'])} [{figure(each['low'])}, {figure(each['high'])}]"
+            for each in measured
         } | shares([output.text for output in outputs])
     of_people = shares([reference for output in outputs for reference in output.references])
     columns["people"] = dict.fromkeys(columns["tuned"], "") | of_people
