@@ -86,12 +86,16 @@ def write(model: Path, test: Path, name: str, sampling: Sampling, like: Path | N
     return Written(read_outputs(folder / "outputs.jsonl"), (time.perf_counter() - started) / 60)
 
 
+def with_interval(value: float, low: float, high: float) -> str:
+    return f"{figure(value)} [{figure(low)}, {figure(high)}]"
+
+
 def scores(outputs: Sequence[Output], metrics: Sequence[Metric]) -> dict[str, str]:
     """Each metric with its 95 % interval; what it was measured with goes to stderr."""
     found = {}
     for metric in metrics:
         told = interval(metric.measure(outputs), examples=len(outputs))
-        found[metric.name] = f"{figure(told.value)} [{figure(told.low)}, {figure(told.high)}]"
+        found[metric.name] = with_interval(told.value, told.low, told.high)
         print(f"  {metric.name}: {found[metric.name]}  ({metric.signature})", file=sys.stderr)
     return found
 

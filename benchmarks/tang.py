@@ -14,7 +14,7 @@ import re
 from collections.abc import Sequence
 
 import numpy as np
-from tables import minutes_of_training, parser_of, print_table, train
+from tables import minutes_of_training, parser_of, print_table, train, with_interval
 
 from finespun.evaluation.comparison import interval
 from finespun.evaluation.evaluate import evaluate
@@ -23,7 +23,6 @@ from finespun.evaluation.outputs import Output, read_outputs
 from finespun.evaluation.settings import EvaluationData, EvaluationSettings
 from finespun.files import write_jsonl
 from finespun.generation.settings import Sampling
-from finespun.reports.figures import figure
 
 HELD_OUT = 20
 
@@ -57,8 +56,7 @@ def main() -> None:
         measured = json.loads((where / "summary.json").read_text(encoding="utf-8"))["metrics"]
         outputs = read_outputs(where / "outputs.jsonl")
         columns[name] = {
-            each["name"]: f"{figure(each['value'])} [{figure(each['low'])}, {figure(each['high'])}]"
-            for each in measured
+            each["name"]: with_interval(each["value"], each["low"], each["high"]) for each in measured
         } | shares([output.text for output in outputs])
     of_people = shares([reference for output in outputs for reference in output.references])
     columns["people"] = dict.fromkeys(columns["tuned"], "") | of_people

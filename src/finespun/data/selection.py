@@ -100,6 +100,31 @@ def _read(pool: Iterable[str]) -> tuple[array, array, Counter[str], int]:
     return features, lengths, vocabulary, units_read
 
 
+def _choose(pool: Iterable[str], order: np.ndarray, keep: int, diverse: bool) -> tuple[list[int], int, Counter[str]]:
+    """The first `keep` texts in `order` (with `diverse`, those like no chosen one), how many were passed over as
+    near-duplicates, and the units of the chosen ones."""
+    chosen: list[int] = []
+    passed_over = place = 0
+    size = keep
+    after: Counter[str] = Counter()
+    duplicates = NearDuplicates()
+    while len(chosen) < keep and place < len(order):
+        # Where near-duplicates abound, rounds grow, so that the pool is read a few times only.
+        candidates = order[place : place + size].tolist()
+        place, size = place + size, size * 2
+        among = set(candidates)
+        texts = {index: text for index, text in enumerate(pool) if index in among}
+        for index in candidates:
+            if len(chosen) == keep:
+                break
+            if diverse and duplicates.first_like(texts[index], index) is not None:
+                passed_over += 1
+                continue
+            chosen.append(index)
+            after.update(units(texts[index]))
+    return chosen, passed_over, after
+
+
 def select(pool: Iterable[str], target: Iterable[str], keep: int, seed: int = 0, diverse: bool = True) -> Selection:
     """The `keep` texts of `pool` that together are most like `target`, sampled by importance without replacement.
 
@@ -146,25 +171,7 @@ def select(pool: Iterable[str], target: Iterable[str], keep: int, seed: int = 0,
     order = np.argsort(-(log_weights + generator.gumbel(size=len(log_weights))), kind="stable")
     order = order[np.isfinite(log_weights[order])]
 
-    chosen: list[int] = []
-    passed_over = place = 0
-    size = keep
-    after: Counter[str] = Counter()
-    duplicates = NearDuplicates()
-    while len(chosen) < keep and place < len(order):
-        # Where near-duplicates abound, rounds grow, so that the pool is read a few times only.
-        candidates = order[place : place + size].tolist()
-        place, size = place + size, size * 2
-        among = set(candidates)
-        texts = {index: text for index, text in enumerate(pool) if index in among}
-        for index in candidates:
-            if len(chosen) == keep:
-                break
-            if diverse and duplicates.first_like(texts[index], index) is not None:
-                passed_over += 1
-                continue
-            chosen.append(index)
-            after.update(units(texts[index]))
+    chosen, passed_over, after = _choose(pool, order, keep, diverse)
 
     def divergence(indices: Sequence[int] | np.ndarray) -> float:
         picked = np.zeros(len(pool_lengths), bool)
