@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ import torch
 from conftest import sentences
 from finespun import finetuning
 from finespun.data.packing import pack
-from finespun.errors import OutOfMemory, RunError
+from finespun.errors import OutOfMemory, RunError, TrainingInterrupted
 from finespun.models.gradient_checkpointing import gradient_checkpointing
 from finespun.models.load import LoadedModel, compute_in, load_model
 from finespun.recipe import Recipe
@@ -386,6 +388,34 @@ def test_interrupted_and_resumed_equals_uninterrupted_with(
     ]
     (weights,) = Path("whole/model").glob("*.safetensors")
     assert weights.read_bytes() == Path("broken/model", weights.name).read_bytes()
+
+
+def test_stopped_while_it_validates_it_ends_soon_says_so_and_validates_again(
+    tiny_folder: Path, in_tmp: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {"validation": 0.2, "validate_every": 5, "save_every": 100, "micro_batch_tokens": 1, "ema_decay": 0.6}
+    finetuning.finetune(recipe(tiny_folder, "whole", **options), reporter=QUIET)
+    passes = []
+
+    def pack_and_stop(examples: list) -> object:
+        if not torch.is_grad_enabled() and len(RunFolder(Path("broken")).metrics()) == 9:
+            passes.append(examples)
+            os.kill(os.getpid(), signal.SIGINT)
+        return pack(examples)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "pack", pack_and_stop)
+        with pytest.raises(TrainingInterrupted, match="Stopped after step 10 of 21, and saved"):
+            finetuning.finetune(recipe(tiny_folder, "broken", **options), reporter=Reporter())
+    assert len(passes) == 1, "of several: the validation does not go on to its end"
+    assert "Stopping" in capsys.readouterr().err
+    assert newest_checkpoint(Path("broken/checkpoints")).state.recorded == 9
+    finetuning.resume("broken", QUIET)
+    whole, broken = (
+        [line | {"tokens_per_second": 0} for line in RunFolder(Path(run)).metrics()] for run in ("whole", "broken")
+    )
+    assert whole == broken
+    assert Path("whole/model/model.safetensors").read_bytes() == Path("broken/model/model.safetensors").read_bytes()
 
 
 def test_resumed_with_another_micro_batch_it_goes_on_to_the_same_weights_but_for_rounding(

@@ -12,7 +12,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from math import isfinite, nan
 from pathlib import Path
@@ -134,7 +134,7 @@ def train(
     steps_per_epoch = -(-(sum(share.draws for share in mixture) or len(examples)) // recipe.batch_size)
 
     with (
-        stop_requests() as stop,
+        stop_requests(reporter) as stop,
         memory_limit(recipe.memory_limit_gb),
         gradient_checkpointing(objective.decoder, recipe.gradient_checkpointing),
         reporter.start(state.recorded, recipe.steps),
@@ -259,7 +259,7 @@ class _Run:
             return metrics, None
         with self.optimizer.evaluating():
             if validates:
-                losses = example_losses(self.objective, self.validation, self._fitting)
+                losses = example_losses(self.objective, self.validation, self._fitting, stopped)
                 metrics[VALIDATION_LOSS] = weighted_mean(losses)
             if evaluation and evaluates:
                 scores = evaluation.measure(stopped)
@@ -335,12 +335,20 @@ def tokens_per_second(
 
 
 @torch.no_grad()
-def example_losses(objective: CausalLM, examples: Sequence[TokenizedExample], micro_batch_tokens: int) -> ExampleLosses:
-    """For each example Σ weight × loss (nats) and Σ weight, in the order given, summed in float64."""
+def example_losses(
+    objective: CausalLM,
+    examples: Sequence[TokenizedExample],
+    micro_batch_tokens: int,
+    stopped: Callable[[], bool] = lambda: False,
+) -> ExampleLosses:
+    """For each example Σ weight × loss (nats) and Σ weight, in the order given, summed in float64. Raises
+    `TrainingInterrupted` soon after `stopped` says so."""
     device = next(objective.model.parameters()).device
     examples = list(examples)  # of a store on disk each reading makes a new object
     sums: dict[int, float] = {}
     for group in micro_batches(examples, micro_batch_tokens):
+        if stopped():
+            raise TrainingInterrupted("Stopped while the validation loss was computed.")
         result = objective(pack(group).to(device))
         per_example = torch.zeros(len(group), dtype=torch.float64, device=device)
         per_example.index_add_(0, result.examples, (result.losses * result.weights).double())
@@ -376,9 +384,9 @@ def diverged(
 
 
 @contextmanager
-def stop_requests() -> Generator[threading.Event]:
-    """An event that the first SIGINT or SIGTERM sets; a second SIGINT interrupts at once. Outside the main thread,
-    where Python takes no signals, the event is never set."""
+def stop_requests(reporter: Reporter) -> Generator[threading.Event]:
+    """An event that the first SIGINT or SIGTERM sets, which is said; a second SIGINT interrupts at once. Outside the
+    main thread, where Python takes no signals, the event is never set."""
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield event
@@ -388,6 +396,8 @@ def stop_requests() -> Generator[threading.Event]:
         if event.is_set() and number == signal.SIGINT:
             raise KeyboardInterrupt
         event.set()
+        with suppress(RuntimeError):  # the signal came while a line was being written
+            reporter.say("Stopping: what was computed is saved first. Ctrl-C once more stops at once, without saving.")
 
     before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
