@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 
@@ -35,6 +36,7 @@ from finespun.training.objectives.causal_lm import CausalLM
 from finespun.training.progress import Reporter
 from finespun.training.schedule import learning_rate, total_steps
 from reference import encoded, gradients, losses_one_by_one, tokenized
+from scipy_free import chi_square_p
 
 HERE = Origin("test", 1)
 
@@ -227,6 +229,13 @@ def test_07_each_pass_trains_each_example_once_with_the_last_batch(count: int, b
     resumed = step_indices(count, batch_size, seed, start=half + 1)
     if half + 1 < steps:
         assert next(resumed) == taken[half + 1]
+
+
+@pytest.mark.parametrize("shift", [0, 16], ids=["seeds", "large seeds"])
+def test_07_each_seed_has_an_order_of_its_own(shift: int) -> None:
+    """Which of six examples comes first is uniform over seeds."""
+    first = Counter(next(step_indices(6, 6, seed << shift))[0] for seed in range(3000))
+    assert chi_square_p([first[index] for index in range(6)], [1 / 6] * 6) > 1e-4
 
 
 def test_07_the_schedule_ends_with_the_true_last_step() -> None:

@@ -62,6 +62,12 @@ def hash_of(parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, default=told, sort_keys=True).encode()).hexdigest()[:32]
 
 
+def seed_of(parts: Any) -> int:
+    """A seed that depends on `parts` as `hash_of` does. It has 32 bits, for of a longer one torch's generator on a CPU
+    takes only so many."""
+    return int(hash_of(parts)[:8], 16)
+
+
 def read_text(path: Path) -> str:
     """The text (UTF-8) that a person named. Raises `DataError` where it cannot be read."""
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from copy import deepcopy
 from random import Random
 
@@ -84,6 +85,22 @@ def test_a_seed_gives_the_same_text_alone_and_in_any_batch(
     assert len({completion.text for completion in together[0]}) == 3
     other = generate(tiny, encoder, ids, Sampling(max_new_tokens=8, temperature=0.8, seed=6), samples=3)
     assert other != together
+
+
+@pytest.mark.parametrize(
+    "chooser",
+    [
+        lambda number: Chooser(Sampling(temperature=1.0), prompt=[7, number]),
+        lambda number: Chooser(Sampling(temperature=1.0), number),
+        lambda number: Chooser(Sampling(temperature=1.0, seed=number)),
+        lambda number: Chooser(Sampling(temperature=1.0, seed=number << 16)),
+    ],
+    ids=["prompts", "samples", "seeds", "large seeds"],
+)
+def test_texts_are_drawn_independently_of_one_another(chooser: Callable[[int], Chooser]) -> None:
+    """The first tokens of many texts, where all tokens are as likely, follow that distribution."""
+    drawn = Counter(chooser(number)([], [], torch.zeros(6)) for number in range(4000))
+    assert chi_square_p([drawn[token] for token in range(6)], [1 / 6] * 6) > 1e-4
 
 
 def test_samples_follow_the_models_distribution() -> None:

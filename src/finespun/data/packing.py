@@ -15,6 +15,7 @@ import torch
 
 from finespun.data.templates import TokenizedExample
 from finespun.data.tokens import Share
+from finespun.files import seed_of
 
 
 @dataclass(frozen=True)
@@ -110,4 +111,4 @@ def _drawn(share: Share, source: int, epoch: int, seed: int) -> Iterator[int]:
 
 
 def _generator(seed: int, number: int) -> torch.Generator:
-    return torch.Generator().manual_seed((seed << 20) + number)
+    return torch.Generator().manual_seed(seed_of([seed, number]))

@@ -161,7 +161,7 @@ def new_request(
         sampling,
         encoder,
         adapter,
-        Chooser(sampling, sample, encoder.stop_ids),
+        Chooser(sampling, sample, encoder.stop_ids, prompt),
         TextStream(encoder, sampling.stop),
         constraint_for(sampling, encoder.tokenizer, encoder.stop_ids, vocabulary),
         on_text,

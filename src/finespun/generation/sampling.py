@@ -18,6 +18,7 @@ from transformers.generation.logits_process import (
     TypicalLogitsWarper,
 )
 
+from finespun.files import seed_of
 from finespun.generation.settings import Sampling
 
 
@@ -40,14 +41,17 @@ def largest(logits: torch.Tensor) -> list[int]:
 
 
 class Chooser:
-    """Chooses the tokens of one sequence under `sampling`; `sample` is its number among several of one prompt, so that
-    a sequence comes out the same alone or in any batch. `stop_ids` end it."""
+    """Chooses the tokens of one sequence under `sampling`; `sample` is its number among several behind `prompt`. It
+    draws by these three alone, so that a sequence comes out the same alone or in any batch, and those of two prompts
+    are independent. `stop_ids` end it."""
 
-    def __init__(self, sampling: Sampling, sample: int = 0, stop_ids: Collection[int] = ()) -> None:
+    def __init__(
+        self, sampling: Sampling, sample: int = 0, stop_ids: Collection[int] = (), prompt: Sequence[int] = ()
+    ) -> None:
         self.greedy = sampling.temperature == 0
         self._sampling = sampling
         self._stop_ids = torch.tensor(sorted(stop_ids), dtype=torch.long)
-        self._generator = torch.Generator().manual_seed((sampling.seed << 20) + sample)
+        self._generator = torch.Generator().manual_seed(seed_of([sampling.seed, sample, list(prompt)]))
         penalties, warpers = LogitsProcessorList(), LogitsProcessorList()
         if sampling.repetition_penalty != 1:
             penalties.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))

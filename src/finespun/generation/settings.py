@@ -72,7 +72,7 @@ class Sampling(Section):
     """So many tokens are guessed at once, by a draft model or, without one, from an earlier place where the last ones
     stood too, and verified in one pass: what is written does not change (Leviathan et al. 2023; Saxena 2023)."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    """Seed of the sampling; the n-th sample of any prompt draws from its own stream of it."""
+    """Seed of the sampling; the n-th sample of a prompt draws by seed, n and prompt alone."""
 
     def changed(self, *names: str) -> list[str]:
         """Those of the settings `names` that are not as they are by default."""

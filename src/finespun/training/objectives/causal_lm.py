@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from finespun.data.packing import PackedBatch
 from finespun.data.templates import TokenizedExample
-from finespun.files import hash_of
+from finespun.files import seed_of
 from finespun.models.adapters import has_soft_prompt, head_weight, soft_prompt_cache
 from finespun.models.attention import packed, packs_exactly, plan_packing
 from finespun.models.linear_cross_entropy import accumulation_type, capped, linear_cross_entropy, rows_of_chunk
@@ -49,8 +49,8 @@ class EmbeddingNoise:
         return torch.cat([self._of(example, dim) for example in examples])
 
     def _of(self, example: TokenizedExample, dim: int) -> torch.Tensor:
-        key = hash_of([self._seed, self._step, str(example.origin), example.input_ids.tolist()])
-        generator = torch.Generator().manual_seed(int(key[:15], 16))
+        seed = seed_of([self._seed, self._step, str(example.origin), example.input_ids.tolist()])
+        generator = torch.Generator().manual_seed(seed)
         size = (len(example.input_ids), dim)
         return (torch.rand(size, generator=generator) * 2 - 1) * self._alpha / (size[0] * dim) ** 0.5
 
