@@ -17,8 +17,9 @@ from architectures import architectures
 from finespun.data.packing import pack
 from finespun.data.readers import Origin
 from finespun.models import attention
-from finespun.models.attention import packed_attention, plan_packing
+from finespun.models.attention import grouped_product, packed_attention, plan_packing
 from finespun.models.load import LoadedModel, compute_in
+from finespun.models.prepacked import can_prepack
 from finespun.training.objectives.causal_lm import CausalLM
 from reference import gradients, losses_one_by_one, tokenized
 
@@ -113,6 +114,19 @@ def test_a_gpu_is_asked_for_the_same(grouped: bool, window: int | None, monkeypa
 
 
 ARCHITECTURES = architectures(vocab_size=99, positions=64)
+
+
+@pytest.mark.skipif(not can_prepack(), reason="this CPU has no bfloat16 products")
+def test_a_product_does_not_depend_on_its_batch_in_bfloat16() -> None:
+    torch.manual_seed(0)
+    for dim in (8, 16, 32, 64):
+        for length in (3, 20, 66, 67, 130):
+            values = torch.randn(240, length, dim).bfloat16()
+            weights = torch.randn(240, 2, 1, length).mul(2).softmax(-1).bfloat16()
+            whole = grouped_product(weights, values)
+            for count in (1, 2, 3, 8):
+                parts = zip(weights.split(count), values.split(count), strict=True)
+                assert torch.equal(torch.cat([grouped_product(*part) for part in parts]), whole)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

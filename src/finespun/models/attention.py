@@ -28,6 +28,9 @@ NAME = "finespun_packed"
 GROUP_WASTE = 1.15
 """Examples share a group while the filled-up size is at most this many times the real one."""
 
+SMALL_PRODUCT = 16**3
+"""Up to so many multiplications, torch takes a batched product in bfloat16 another way on a CPU than a larger one."""
+
 BLOCK = 256
 """Queries of one example that are computed at once. Of examples no longer than this, the probabilities are kept for the
 backward pass (`heads * length` numbers a token, less than a layer keeps anyway); of longer ones they are computed
@@ -222,9 +225,14 @@ def _transposed_product(left: torch.Tensor, right: torch.Tensor, scale: float = 
 
 
 def _scaled_product(left: torch.Tensor, right: torch.Tensor, scale: float) -> torch.Tensor:
-    """`scale * [batch, l, n] @ [batch, n, m]`."""
+    """`scale * [batch, l, n] @ [batch, n, m]`. What one of the batch becomes does not depend on the others: a small
+    product, which would be added up in another order than a large one, is made larger."""
+    batch, multiplications = left.shape[0], left.numel() * right.shape[2]
+    if left.dtype == torch.bfloat16 and left.is_cpu and 0 < multiplications <= SMALL_PRODUCT:
+        copies = SMALL_PRODUCT // multiplications + 1
+        left, right = left.repeat(copies, 1, 1), right.repeat(copies, 1, 1)
     result = left.new_empty(left.shape[0], left.shape[1], right.shape[2])
-    return torch.baddbmm(result, left, right, beta=0, alpha=scale, out=result)
+    return torch.baddbmm(result, left, right, beta=0, alpha=scale, out=result)[:batch]
 
 
 def scaled_scores(q: torch.Tensor, k: torch.Tensor, scale: float, softcap: float | None) -> torch.Tensor:
