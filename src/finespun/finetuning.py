@@ -51,9 +51,10 @@ from finespun.training.loop import (
 )
 from finespun.training.memory import MemoryPlan, plan_memory, tune_memory_use
 from finespun.training.objectives.causal_lm import CausalLM
+from finespun.training.optim import update_seconds
 from finespun.training.progress import Reporter, duration
 from finespun.training.rate_search import STEPS, chart, search_rate
-from finespun.training.schedule import default_batch_size, default_learning_rate, settle
+from finespun.training.schedule import Speed, default_batch_size, default_learning_rate, settle
 from finespun.training.trackers import Trackers, check_installed
 
 Sample = dict[str, Any]
@@ -219,10 +220,11 @@ def plan(recipe: Recipe, reporter: Reporter | None = None) -> list[str]:
     trained = passes * int(tokens.train.lengths.sum())
     validations = run.steps // (settings.validate_every or run.steps)
     speed = _speed(run.objective, tokens.train, settings)
-    seconds = (trained + validations * int(tokens.validation.lengths.sum()) / 3) / speed
+    steady = trained / speed.seconds(run.steps, trained)
+    seconds = speed.seconds(run.steps, trained, validations * int(tokens.validation.lengths.sum()))
     sample, every = run.evaluation, recipe.evaluation.every or run.steps
     return [
-        f"{run.steps} steps over {trained:,.0f} tokens, with {validations} validations, at {speed:,.0f} tokens a "
+        f"{run.steps} steps over {trained:,.0f} tokens, with {validations} validations, at {steady:,.0f} tokens a "
         f"second: about {duration(seconds)}.",
         *([f"Beside that, {ceil(run.steps / every)} evaluations on {len(sample.prompts)} prompts."] if sample else []),
         "Memory:",
@@ -297,7 +299,7 @@ def _settle_training(
         examples=tokens.drawn,
         tokens=int(tokens.train.lengths.sum()),
         validation_tokens=int(tokens.validation.lengths.sum()),
-        tokens_per_second=lambda: _speed(objective, tokens.train, settings),
+        measure_speed=lambda: _speed(objective, tokens.train, settings),
     )
     return memory, steps, why_rate
 
@@ -389,10 +391,14 @@ def _measured_before(run: _Prepared, micro_batch_tokens: int, reporter: Reporter
     return tuple(kept["losses"]), kept["samples"]
 
 
-def _speed(objective: CausalLM, examples: Sequence[TokenizedExample], recipe: TrainingRecipe) -> float:
-    """Tokens a second in the run's own precision."""
-    objective = objective.computing_in(getattr(torch, recipe.precision or "float32"))
-    return tokens_per_second(objective, examples, recipe.batch_size or 1, recipe.micro_batch_tokens or 1)
+def _speed(objective: CausalLM, examples: Sequence[TokenizedExample], recipe: TrainingRecipe) -> Speed:
+    """How fast the run trains in its own precision."""
+    dtype = getattr(torch, recipe.precision or "float32")
+    computing = objective.computing_in(dtype)
+    return Speed(
+        tokens_per_second(computing, examples, recipe.batch_size or 1, recipe.micro_batch_tokens or 1),
+        update_seconds(objective.outer, recipe.optimizer, dtype, recipe.ema_decay),
+    )
 
 
 def _sample_prompts(run: _Prepared) -> list[Sample]:

@@ -218,7 +218,8 @@ class TrainingRecipe(Section):
     max_steps: Annotated[int, Field(ge=1)] | None = None
     """Stop after so many steps, whatever the epochs."""
     max_minutes: Annotated[float, Field(gt=0)] | None = None
-    """Take no more steps than fit into so many minutes on this machine; the speed is measured first."""
+    """Take no more steps than fit into so many minutes on this machine, with their validations; the speed is measured
+    first."""
     early_stopping: Annotated[int, Field(ge=1)] | None = None
     """Stop when so many validations in a row, or evaluations where evaluation.best_by is a metric, were no better than
     the best."""

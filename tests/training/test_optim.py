@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import sys
+from copy import deepcopy
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +14,7 @@ from torch.nn import Embedding, LayerNorm, Linear, Sequential
 
 from finespun.errors import RecipeError
 from finespun.training import optim
-from finespun.training.optim import MasterOptimizer
+from finespun.training.optim import MasterOptimizer, update_seconds
 from finespun.training.schedule import default_learning_rate
 
 
@@ -259,6 +262,24 @@ def test_buffers_keep_their_precision() -> None:
     model.register_buffer("frequencies", torch.rand(8))
     MasterOptimizer(model, "adamw", 0.0, torch.bfloat16)
     assert model.frequencies.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_the_time_of_an_update_is_taken_on_copies_of_some_numbers_for_all(
+    kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = count()
+    monkeypatch.setattr(optim, "time", SimpleNamespace(perf_counter=lambda: next(seconds)))
+    monkeypatch.setattr(optim, "MEASURED_NUMBERS", 200)
+    model = wide()
+    model[0].requires_grad_(False)
+    before = deepcopy(model.state_dict())
+    # of norm (two), matrix and bias the last two: 64 rows of 128 numbers, which are enough
+    assert update_seconds(model, kind, dtype) == (128 + 128 + 64 * 128 + 64) / (64 * 128)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

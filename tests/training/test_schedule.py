@@ -7,21 +7,33 @@ import torch
 from transformers import get_scheduler
 
 from finespun.recipe import TrainingRecipe
-from finespun.training.schedule import default_batch_size, default_learning_rate, learning_rate, settle
+from finespun.training.schedule import Speed, default_batch_size, default_learning_rate, learning_rate, settle
 
 
-def settled(speed: float = 0.0, examples: int = 240, **recipe: object) -> tuple[int, TrainingRecipe]:
+def settled(speed: Speed | None = None, examples: int = 240, **recipe: object) -> tuple[int, TrainingRecipe]:
     training = TrainingRecipe(**recipe)
-    steps = settle(training, examples, 200 * examples, 6000, lambda: speed)
+    steps = settle(training, examples, 200 * examples, 6000, lambda: speed or Speed(80.0, 0.0))
     return steps, training
 
 
-def test_a_time_limit_becomes_the_steps_that_fit() -> None:
-    steps, recipe = settled(speed=80.0, max_minutes=3, epochs=3, batch_size=4)
-    assert steps == recipe.max_steps == 3 * 60 * 80 // 800
+@pytest.mark.parametrize("validate_every", [None, 5, 50])
+@pytest.mark.parametrize("update_seconds", [0.0, 2.5, 40.0])
+@pytest.mark.parametrize("tokens_per_second", [80.0, 400.0, 5000.0])
+def test_a_time_limit_becomes_the_steps_that_fit_with_their_updates_and_validations(
+    tokens_per_second: float, update_seconds: float, validate_every: int | None
+) -> None:
+    speed = Speed(tokens_per_second, update_seconds)
+    steps, recipe = settled(speed, max_minutes=60, epochs=1e6, batch_size=4, validate_every=validate_every)
+    assert steps == recipe.max_steps
     assert recipe.max_minutes is None
-    assert settled(speed=1e6, max_minutes=3, epochs=3, batch_size=4)[0] == 180
-    assert settled(speed=1e-3, max_minutes=3, batch_size=4)[0] == 1
+    validations = steps // recipe.validate_every
+    taken = steps * (800 / tokens_per_second + update_seconds) + validations * 6000 / 3 / tokens_per_second
+    assert 0.9 * 3600 < taken <= 3600
+
+
+def test_a_time_limit_is_no_reason_for_more_steps_than_epochs_and_at_least_one_is_taken() -> None:
+    assert settled(Speed(1e6, 0.0), max_minutes=3, epochs=3, batch_size=4)[0] == 180
+    assert settled(Speed(1e-3, 0.0), max_minutes=3, batch_size=4)[0] == 1
 
 
 def test_validation_takes_about_a_tenth_of_the_time() -> None:

@@ -4,12 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 from finespun.recipe import Method, Optimizer, Schedule, TrainingRecipe
 
 VALIDATIONS = 10
 VALIDATION_SHARE = 0.1
 """A run that does not say how often validates ten times, or as often as takes a tenth of its time."""
+
+
+class Speed(NamedTuple):
+    """How fast a run trains on this machine: tokens a second forward and backward, and seconds of an update."""
+
+    tokens_per_second: float
+    update_seconds: float
+
+    def seconds(self, steps: float, tokens: float, validated: float = 0) -> float:
+        """What `steps` over `tokens` take, with validations on `validated` tokens: forward passes, a third of the work
+        of training on as many."""
+        return (tokens + validated / 3) / self.tokens_per_second + steps * self.update_seconds
 
 
 def total_steps(examples: int, batch_size: int, epochs: float, max_steps: int | None = None) -> int:
@@ -78,23 +91,28 @@ def settle(
     examples: int,
     tokens: int,
     validation_tokens: int,
-    tokens_per_second: Callable[[], float],
+    measure_speed: Callable[[], Speed],
 ) -> int:
     """Decides what `recipe` leaves open but for rate, precision and micro-batch, and returns the number of steps.
 
     There are `examples` of `tokens` to train and `validation_tokens` to validate on. A time limit becomes a number of
-    steps by the speed that is measured when it is needed.
+    steps that fit into it with their validations, by the speed that is measured when it is needed.
     """
     recipe.batch_size = recipe.batch_size or default_batch_size(examples)
     recipe.schedule = recipe.schedule or ("constant" if recipe.optimizer == "schedule-free-adamw" else "cosine")
     step_tokens = tokens * min(1, recipe.batch_size / examples)
     if recipe.max_minutes is not None:
-        fitting = max(1, int(recipe.max_minutes * 60 * tokens_per_second() / step_tokens))
+        speed, limit = measure_speed(), recipe.max_minutes * 60
+        step, validation = speed.seconds(1, step_tokens), speed.seconds(0, 0, validation_tokens)
+        if recipe.validate_every:
+            fitting = limit / (step + validation / recipe.validate_every)
+        else:
+            fitting = max(limit / (1 + VALIDATION_SHARE), limit - VALIDATIONS * validation) / step
+        fitting = max(1, int(fitting))
         recipe.max_steps, recipe.max_minutes = min(recipe.max_steps or fitting, fitting), None
     steps = total_steps(examples, recipe.batch_size, recipe.epochs, recipe.max_steps)
     if recipe.validate_every is None:
-        # A validation is a forward pass, a third of the work of training on as many tokens.
-        affordable = int(3 * VALIDATION_SHARE * steps * step_tokens / max(1, validation_tokens))
+        affordable = int(3 * VALIDATION_SHARE * steps * step_tokens / max(1, validation_tokens))  # see `Speed.seconds`
         recipe.validate_every = math.ceil(steps / min(VALIDATIONS, max(1, affordable)))
     recipe.save_every = recipe.save_every or recipe.validate_every
     return steps
