@@ -25,7 +25,8 @@ ADAPTERS = {
     "dora": {"method": "lora", "lora": {"dora": True}},
     "pissa": {"method": "lora", "lora": {"initial": "pissa", "rank": 4}},
     "pissa, rslora": {"method": "lora", "lora": {"initial": "pissa", "rank_stabilized": True, "rank": 4}},
-    "lora+": {"method": "lora", "lora": {"b_rate_ratio": 16.0}},
+    # in an order of rows in which it does not learn to write spaces alone
+    "lora+": {"method": "lora", "seed": 2, "lora": {"b_rate_ratio": 16.0}},
     "lora and a head": {"method": "lora", "lora": {"trained_modules": ["lm_head"]}},
     "lora by name": {"method": "lora", "lora": {"target_modules": ["q_proj", "v_proj"]}},
     "qlora": {"method": "qlora"},
@@ -60,7 +61,7 @@ def test_a_trained_adapter_says_the_same_in_memory_loaded_and_in_plain_peft(
     plain = AutoPeftModelForCausalLM.from_pretrained("run/model", dtype=torch.float32).eval()
     ids = ids_of(model)
     output = plain.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
-    assert written[0], "of spaces perhaps, but twelve tokens"
+    assert written[0].strip()
     decoded = AutoTokenizer.from_pretrained("run/model").decode(output[0], skip_special_tokens=True)
     assert decoded.endswith(written[0]), "with the prompt before it or, for a soft prompt, without"
 
