@@ -21,12 +21,12 @@ ROWS = [{"prompt": text, "completion": text[::-1]} for text in sentences(12)]
 
 ADAPTERS = {
     "lora": {"method": "lora"},
-    "rslora": {"method": "lora", "lora": {"rank_stabilized": True, "rank": 4}},
+    # methods with larger steps, which at the others' rate learn to write nothing but spaces
+    "rslora": {"method": "lora", "learning_rate": 0.005, "lora": {"rank_stabilized": True, "rank": 4}},
+    "lora+": {"method": "lora", "learning_rate": 0.005, "lora": {"b_rate_ratio": 16.0}},
     "dora": {"method": "lora", "lora": {"dora": True}},
     "pissa": {"method": "lora", "lora": {"initial": "pissa", "rank": 4}},
     "pissa, rslora": {"method": "lora", "lora": {"initial": "pissa", "rank_stabilized": True, "rank": 4}},
-    # in an order of rows in which it does not learn to write spaces alone
-    "lora+": {"method": "lora", "seed": 2, "lora": {"b_rate_ratio": 16.0}},
     "lora and a head": {"method": "lora", "lora": {"trained_modules": ["lm_head"]}},
     "lora by name": {"method": "lora", "lora": {"target_modules": ["q_proj", "v_proj"]}},
     "qlora": {"method": "qlora"},
@@ -45,9 +45,9 @@ def test_a_trained_adapter_says_the_same_in_memory_loaded_and_in_plain_peft(
     name: str, tiny_folder: Path, in_tmp: Path
 ) -> None:
     untrained = finespun.load(tiny_folder).generate(["the old ferryman"], max_new_tokens=12)
-    rate = 0.3 if "prompt" in name or name == "prefix" else 0.02
+    settings = {"learning_rate": 0.3 if "prompt" in name or name == "prefix" else 0.02, **ADAPTERS[name]}
     model = finespun.load(tiny_folder).finetune(
-        ROWS, max_steps=8, learning_rate=rate, batch_size=4, quiet=True, count=0, out="run", **ADAPTERS[name]
+        ROWS, max_steps=24, batch_size=4, quiet=True, count=0, out="run", **settings
     )
     prompts = ["the old ferryman", "nothing at all, heron"]
     written = model.generate(prompts, max_new_tokens=12)
@@ -68,8 +68,9 @@ def test_a_trained_adapter_says_the_same_in_memory_loaded_and_in_plain_peft(
 
 @pytest.mark.parametrize("name", [name for name in ADAPTERS if not name.startswith("pre") and "prompt" not in name])
 def test_merged_into_the_weights_it_says_the_same(name: str, tiny_folder: Path, in_tmp: Path) -> None:
+    settings = {"learning_rate": 0.02, **ADAPTERS[name]}
     model = finespun.load(tiny_folder).finetune(
-        ROWS, max_steps=8, learning_rate=0.02, batch_size=4, quiet=True, count=0, out="run", **ADAPTERS[name]
+        ROWS, max_steps=8, batch_size=4, quiet=True, count=0, out="run", **settings
     )
     ids = ids_of(model)
     with torch.no_grad():
