@@ -11,6 +11,8 @@ from finespun.recipe import Method, Optimizer, Schedule, TrainingRecipe
 VALIDATIONS = 10
 VALIDATION_SHARE = 0.1
 """A run that does not say how often validates ten times, or as often as takes a tenth of its time."""
+VALIDATION_WORK = 1 / 3
+"""Of a token in validation, by that of one in training: forward passes alone."""
 
 
 class Speed(NamedTuple):
@@ -20,9 +22,8 @@ class Speed(NamedTuple):
     update_seconds: float
 
     def seconds(self, steps: float, tokens: float, validated: float = 0) -> float:
-        """What `steps` over `tokens` take, with validations on `validated` tokens: forward passes, a third of the work
-        of training on as many."""
-        return (tokens + validated / 3) / self.tokens_per_second + steps * self.update_seconds
+        """What `steps` over `tokens` take, with validations on `validated` tokens."""
+        return (tokens + validated * VALIDATION_WORK) / self.tokens_per_second + steps * self.update_seconds
 
 
 def total_steps(examples: int, batch_size: int, epochs: float, max_steps: int | None = None) -> int:
@@ -112,7 +113,7 @@ def settle(
         recipe.max_steps, recipe.max_minutes = min(recipe.max_steps or fitting, fitting), None
     steps = total_steps(examples, recipe.batch_size, recipe.epochs, recipe.max_steps)
     if recipe.validate_every is None:
-        affordable = int(3 * VALIDATION_SHARE * steps * step_tokens / max(1, validation_tokens))  # see `Speed.seconds`
+        affordable = int(VALIDATION_SHARE * steps * step_tokens / max(1, validation_tokens * VALIDATION_WORK))
         recipe.validate_every = math.ceil(steps / min(VALIDATIONS, max(1, affordable)))
     recipe.save_every = recipe.save_every or recipe.validate_every
     return steps
