@@ -31,6 +31,12 @@ def encoded(loaded: LoadedModel, count: int = 9) -> list[TokenizedExample]:
     ]
 
 
+def text_of(encoder: Encoder, ids: Sequence[int]) -> str:
+    """The text that the new tokens `ids` make: without half a character at the end where no stop token ended it."""
+    text = encoder.decode([token for token in ids if token not in encoder.stop_ids])
+    return text if any(token in encoder.stop_ids for token in ids) else text.rstrip("\ufffd")
+
+
 def losses_one_by_one(model: PreTrainedModel, examples: Sequence[TokenizedExample]) -> tuple[torch.Tensor, float]:
     """Σ weight × loss over all tokens of all examples (differentiable), and Σ weight."""
     total = torch.zeros((), dtype=model.dtype)

@@ -22,6 +22,7 @@ from finespun.generation.beams import beam_search
 from finespun.generation.engine import generate
 from finespun.generation.settings import Sampling
 from finespun.models.load import LoadedModel
+from reference import text_of
 
 PROMPTS = ["the old ferryman", "a", "over the slow river and said nothing at all, 江雪", "heron mill boat " * 6, "mill"]
 
@@ -217,8 +218,7 @@ def test_several_of_the_best(tiny: LoadedModel, encoder: Encoder) -> None:
     for number, (completions, texts) in enumerate(zip(found, ids_of(tiny, encoder, prompts, sampling, 3), strict=True)):
         for sample, (completion, ids) in enumerate(zip(completions, texts, strict=True)):
             stopped = ids[-1] in encoder.stop_ids
-            new = ids[:-1] if stopped else ids
-            assert (completion.text, completion.completion_tokens) == (encoder.decode(new), len(new))
+            assert (completion.text, completion.completion_tokens) == (text_of(encoder, ids), len(ids) - stopped)
             assert completion.finish_reason == ("stop" if stopped else "length")
             assert heard.get((number, sample), "") == completion.text
     assert sorted(ended) == [(prompt, sample) for prompt in range(len(PROMPTS)) for sample in range(3)]

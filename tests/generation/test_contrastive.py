@@ -18,6 +18,7 @@ from finespun.generation import search
 from finespun.generation.engine import Engine, generate
 from finespun.generation.settings import Sampling
 from finespun.models.load import LoadedModel
+from reference import text_of
 
 
 @pytest.fixture
@@ -68,7 +69,7 @@ def test_tokens_are_those_of_the_paper(
     for prompt, (completion,) in zip(prompts, found, strict=True):
         ids = contrastive(slow, prompt, sampling, set(encoder.stop_ids))
         ended = ids[-1] in encoder.stop_ids
-        assert completion.text == encoder.decode(ids[:-1] if ended else ids)
+        assert completion.text == text_of(encoder, ids)
         assert completion.finish_reason == ("stop" if ended else "length")
     assert found != greedy
 

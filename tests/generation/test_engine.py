@@ -24,6 +24,7 @@ from finespun.generation.sampling import Chooser, Guess
 from finespun.generation.settings import Sampling
 from finespun.models.load import LoadedModel, compute_in
 from finespun.models.prepacked import can_prepack
+from reference import text_of
 from scipy_free import chi_square_p
 
 PROMPTS = ["the old ferryman", "a", "over the slow river and said nothing at all, 江雪", "heron mill boat " * 6, "mill"]
@@ -47,7 +48,7 @@ def test_greedy_tokens_of_a_batch_equal_transformers_one_by_one(
 ) -> None:
     ids = [encoder.encode_prompt(prompt) for prompt in PROMPTS]
     found = generate(tiny, encoder, ids, Sampling(max_new_tokens=30, **options))
-    texts = [encoder.decode(transformers_greedy(tiny.model, prompt, 30, **options)) for prompt in ids]
+    texts = [text_of(encoder, transformers_greedy(tiny.model, prompt, 30, **options)) for prompt in ids]
     assert [completions[0].text for completions in found] == texts
     assert len(set(texts)) > 2
 
@@ -68,7 +69,7 @@ def test_absolute_positions_count_real_tokens_only(small_tokenizer) -> None:
     encoder = Encoder(small_tokenizer, "raw")
     ids = [encoder.encode_prompt(prompt) for prompt in PROMPTS]
     found = generate(model, encoder, ids, Sampling(max_new_tokens=20))
-    texts = [encoder.decode(transformers_greedy(model.model, prompt, 20, pad_token_id=0)) for prompt in ids]
+    texts = [text_of(encoder, transformers_greedy(model.model, prompt, 20, pad_token_id=0)) for prompt in ids]
     assert [completions[0].text for completions in found] == texts
 
 
@@ -173,6 +174,22 @@ def test_streamed_pieces_make_up_the_text_without_stop_strings_or_half_character
     assert not any("\ufffd" in piece for piece in pieces)
 
 
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=st.text("ab 你好🙂é.", min_size=1, max_size=20), limit=st.integers(1, 40))
+@example(text="你好🙂", limit=8)
+def test_a_text_that_the_limit_cuts_ends_with_a_whole_character(tiny, encoder, scripted, text: str, limit: int) -> None:
+    tokens = scripted(text)[:-1]
+    pieces: list[str] = []
+    (completion,) = generate(
+        *(tiny, encoder, [encoder.encode_prompt("a")], Sampling(max_new_tokens=limit)),
+        on_text=lambda p, s, piece: pieces.append(piece),
+    )[0]
+    read = encoder.decode(tokens[:limit])
+    whole = max((text[:end] for end in range(len(text) + 1) if read.startswith(text[:end])), key=len)
+    assert (completion.text, "".join(pieces)) == (whole, whole)
+    assert completion.completion_tokens == min(limit, len(tokens)), "half a character was written and counts"
+
+
 def test_length_and_context_end_a_text(tiny: LoadedModel, encoder: Encoder, scripted) -> None:
     scripted("the old ferryman rowed over a slow river " * 20)
     (completion,) = generate(tiny, encoder, [encoder.encode_prompt("a")], Sampling(max_new_tokens=5))[0]
@@ -205,7 +222,7 @@ def test_greedy_tokens_equal_transformers_for(random_model: LoadedModel, count: 
     for prompt, (completion,) in zip(prompts, found, strict=True):
         alone = transformers_greedy(random_model.model, prompt, 12, pad_token_id=0)
         ended = small_tokenizer.eos_token_id in alone
-        assert completion.text == encoder.decode(alone)
+        assert completion.text == text_of(encoder, alone)
         assert completion.finish_reason == ("stop" if ended else "length")
     assert isinstance(runner_for(random_model), SingleRunner) == (random_model.base_name == "bloom")
 
@@ -352,7 +369,7 @@ def test_logprobs_are_those_of_the_model(tiny: LoadedModel, encoder: Encoder) ->
     assert request.completion is not None
     assert request.completion.logprobs is not None
     ids = [token.id for token in request.completion.logprobs]
-    assert encoder.decode(ids) == request.completion.text
+    assert text_of(encoder, ids) == request.completion.text
     assert list(request.completion.logprobs) == heard
     with torch.no_grad():
         logits = tiny.model(torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1]
@@ -421,7 +438,7 @@ def test_beams_are_transformers_own(tiny: LoadedModel, encoder: Encoder) -> None
     settings = {"beams": 4, "length_penalty": 0.6, "no_repeat_ngram_size": 3}
     found = generate(tiny, encoder, ids, Sampling(max_new_tokens=12, **settings))
     options = {"num_beams": 4, "length_penalty": 0.6, "no_repeat_ngram_size": 3}
-    texts = [encoder.decode(transformers_greedy(tiny.model, prompt, 12, **options)) for prompt in ids]
+    texts = [text_of(encoder, transformers_greedy(tiny.model, prompt, 12, **options)) for prompt in ids]
     assert [completions[0].text for completions in found] == texts
     (stopped,) = generate(tiny, encoder, ids[:1], Sampling(max_new_tokens=12, **settings, stop=[texts[0][3:5]]))[0]
     assert (stopped.text, stopped.finish_reason) == (texts[0][: texts[0].index(texts[0][3:5])], "stop")

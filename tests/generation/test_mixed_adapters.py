@@ -22,6 +22,7 @@ from finespun.models.adapters import LoraAdapter, load_lora, shared_base
 from finespun.models.load import LoadedModel, load_model
 from finespun.models.prepacked import can_prepack
 from lora_folders import write_adapter
+from reference import text_of
 
 ARCHITECTURES = architectures(vocab_size=400, positions=128)
 TARGETS = {
@@ -109,7 +110,7 @@ def test_each_writes_what_it_writes_alone(folders: list[Path], monkeypatch: pyte
                 do_sample=False,
                 pad_token_id=0,
             )
-            assert completion.text == Encoder(base.tokenizer, "raw").decode(output[0, len(prompt) :].tolist())
+            assert completion.text == text_of(Encoder(base.tokenizer, "raw"), output[0, len(prompt) :].tolist())
     assert len({tuple(completion.text for completion in completions) for completions in found}) == len(folders)
     assert isinstance(runner_for(base), SingleRunner if kind_of(folders[0]) == "bloom" else SlotRunner)
 

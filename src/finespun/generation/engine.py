@@ -134,7 +134,7 @@ class Request:
 
     def finish(self, reason: Literal["stop", "length"]) -> None:
         """Ends it."""
-        self.emit(self.stream.rest())
+        self.emit(self.stream.rest(cut=reason == "length"))
         logprobs, mean = None, None
         if self.sampling.logprobs is not None:
             logprobs, mean = tuple(self.logprobs[: len(self.new)]), fmean(token.logprob for token in self.logprobs)

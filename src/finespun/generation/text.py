@@ -37,8 +37,11 @@ class TextStream:
             self._shown = len(self._encoder.decode(self._ids[self._begin :]))
         return self._emit(self._certain())
 
-    def rest(self) -> str:
-        """What was held back, when nothing follows."""
+    def rest(self, cut: bool = False) -> str:
+        """What was held back, when nothing follows. A text that is `cut` ends before a character of which bytes are
+        missing."""
+        if cut:
+            self.text = self.text.rstrip("\ufffd")
         return self._emit(len(self.text))
 
     def _emit(self, end: int) -> str:

@@ -335,7 +335,7 @@ class _Reader:
             self._sent = len(self._logprobs)
 
     def _end(self, reason: Literal["stop", "length"]) -> Iterator[Piece | Completion]:
-        yield from self._piece(self._stream.rest())
+        yield from self._piece(self._stream.rest(cut=reason == "length"))
         logprobs = None if self._sampling.logprobs is None else tuple(self._logprobs)
         yield Completion(self._stream.text, reason, self._prompt_tokens, self._written, logprobs)
 
