@@ -21,7 +21,7 @@ ROWS = [{"prompt": text, "completion": text[::-1]} for text in sentences(12)]
 
 ADAPTERS = {
     "lora": {"method": "lora"},
-    # methods with larger steps, which at the others' rate learn to write nothing but spaces
+    # methods with larger steps, which at the others' rate learn to write no words
     "rslora": {"method": "lora", "learning_rate": 0.005, "lora": {"rank_stabilized": True, "rank": 4}},
     "lora+": {"method": "lora", "learning_rate": 0.005, "lora": {"b_rate_ratio": 16.0}},
     "dora": {"method": "lora", "lora": {"dora": True}},

@@ -16,6 +16,7 @@ from finespun.data.packing import pack
 from finespun.errors import OutOfMemory, RunError, TrainingInterrupted
 from finespun.models.gradient_checkpointing import gradient_checkpointing
 from finespun.models.load import LoadedModel, compute_in, load_model
+from finespun.models.prepacked import can_prepack
 from finespun.recipe import Recipe
 from finespun.runs import RunFolder
 from finespun.training import loop
@@ -145,9 +146,13 @@ def test_smollm2_in_its_own_precisions_has_the_gradient_of_transformers(smollm2_
         ours = gradients(loaded.model)
         theirs = one_by_one(dtype)
         exact = one_by_one(torch.float64)  # of the same weights, rounded where they are
-        if dtype == torch.float32:
-            assert [name for name in exact if not error(ours, exact, name) < 1e-4] == []
-        else:  # what rounding does to a single gradient is chance: between 0.75 and 2 times that of transformers
+        for name in exact:
+            if dtype == torch.float32:
+                assert error(ours, exact, name) < 1e-4, name
+            elif can_prepack():
+                assert error(ours, exact, name) < 1.5 * error(theirs, exact, name) + 0.01, f"{name} in bfloat16"
+        if dtype == torch.bfloat16 and not can_prepack():
+            # without bfloat16 products single gradients lie further apart, up to twice
             errors = [fmean(error(found, exact, name) for name in exact) for found in (ours, theirs)]
             assert errors[0] < 1.5 * errors[1]
 
